@@ -1,0 +1,1 @@
+"""What two ops or more share: backends, noise keys, argument and layout checks."""

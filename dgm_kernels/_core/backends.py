@@ -1,0 +1,170 @@
+"""Which implementation runs a call: what is there, what is forced, and why something is not used."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+
+logger = logging.getLogger("dgm_kernels")
+
+NAMES = ("reference", "cpp", "cuda", "triton")
+_DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+_AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_forced: str | None = None
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled extension, or None."""
+    try:
+        return importlib.import_module("dgm_kernels._C")
+    except ImportError:
+        return None
+
+
+def _why_no_extension() -> str:
+    info = pathlib.Path(__file__).parents[1] / "_build_info.json"
+    if info.exists():
+        return str(json.loads(info.read_text()).get("reason") or "the extension does not import")
+    return "the extension was not built"
+
+
+@functools.cache
+def _why_unavailable(name: str) -> str | None:
+    """Why a backend cannot be used in this process; None if it can."""
+    module = extension()
+    if name == "cpp":
+        return None if module else _why_no_extension()
+    if name == "cuda":
+        if module is None:
+            return _why_no_extension()
+        if module.build_info()["cuda"] is None:
+            return "the extension was built without CUDA"
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if name == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton does not import ({error})"
+        return None if torch.cuda.is_available() or interpreted() else "no CUDA device"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backends() -> dict[str, str]:
+    """What each backend is ready for, or why it is not used.
+
+    Returns:
+        ``{"reference": ..., "cpp": ..., "cuda": ..., "triton": ...}``; a value begins with ``"available"`` or with
+        ``"unavailable: "`` and the reason.
+
+    Example:
+        >>> import dgm_kernels
+        >>> dgm_kernels.backends()["reference"]
+        'available: any device, any dtype'
+    """
+    state = {"reference": "available: any device, any dtype"}
+    for name in NAMES[1:]:
+        why = _why_unavailable(name)
+        state[name] = f"unavailable: {why}" if why else f"available: {_describe(name)}"
+    return state
+
+
+def _describe(name: str) -> str:
+    module = extension()
+    if name == "cpp" and module:
+        return f"CPU, instruction set {module.active_isa()}; float32, bfloat16, float16"
+    if name == "triton" and interpreted():
+        return "CPU, in the Triton interpreter"
+    return "CUDA; float32, bfloat16, float16"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op inside the ``with`` on one backend; ``"auto"`` gives the choice back.
+
+    The setting is one of the process, not of the thread.
+
+    Raises:
+        ValueError: the name is unknown, or the backend is not available here (the message says why).
+    """
+    global _forced
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"name must be 'auto' or one of {', '.join(NAMES)}, got {name!r}")
+    why = _why_unavailable(name)
+    if why:
+        raise ValueError(f"backend {name!r} is not available: {why}")
+    previous, _forced = _forced, None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for a call on this device and dtype.
+
+    Raises:
+        ValueError: a backend is forced that cannot take the call.
+    """
+    if _forced == "reference":
+        return "reference"
+    refusal = _refusal(dtype)
+    if _forced is not None:
+        devices = (*_DEVICES[_forced], "cpu") if _forced == "triton" and interpreted() else _DEVICES[_forced]
+        if device.type not in devices:
+            raise ValueError(f"backend {_forced!r} takes tensors on {devices[0]}, got tensors on {device}")
+        if refusal:
+            raise ValueError(f"backend {_forced!r} does not take this call: {refusal}")
+        return _forced
+    best = _best(device.type)
+    if best == "reference" or refusal is None:
+        return best
+    _note_fallback(best, refusal)
+    return "reference"
+
+
+@functools.cache
+def _best(device_type: str) -> str:
+    for name in _AUTO.get(device_type, ()):
+        why = _why_unavailable(name)
+        if why is None:
+            return name
+        _note_fallback(name, why)
+    return "reference"
+
+
+def _refusal(dtype: torch.dtype) -> str | None:
+    """Why no native backend can take a call now."""
+    if dtype not in _NATIVE_DTYPES:
+        return f"{dtype} is computed by the reference"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD runs on the reference"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms run on the reference"
+    return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def _note_fallback(name: str, why: str) -> None:
+    if not torch.compiler.is_compiling():
+        _log_once(f"backend {name!r} is not used: {why}")

@@ -1,0 +1,387 @@
+"""Fused sampler steps, the forward process and its loss: one affine kernel, one coefficient table a sampler."""
+
+from __future__ import annotations
+
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._core import layout, ops
+from .._core.backends import select
+from .._core.checks import check_batch, check_device, check_index, check_like
+from .._core.noise import NO_NOISE, NoiseKey, OpArgs
+from . import op, reference, tables
+from .schedule import Schedule
+from .table import SamplerTable, TrainingTable
+
+__all__ = [
+    "NoiseKey",
+    "SamplerTable",
+    "Schedule",
+    "TrainingTable",
+    "add_noise",
+    "denoising_loss",
+    "noise_like",
+    "sample",
+    "sampler_step",
+    "tables",
+]
+
+_KINDS = {"normal": 0, "uniform": 1, "bits": 2}
+
+
+def noise_like(x: Tensor, key: NoiseKey, *, distribution: str = "normal") -> Tensor:
+    """Counter-based noise in the shape of ``x``: a pure function of (seed, sample, step, stream, element).
+
+    Args:
+        x: ``[batch, ...]``; gives shape, dtype and device.
+        key: names the noise; row ``b`` is sample ``key.first_sample + b``.
+        distribution: ``"normal"``; ``"uniform"`` in (0, 1]; or ``"bits"``, the Philox words as int32.
+
+    Returns:
+        A contiguous tensor of the shape, dtype (int32 for ``"bits"``) and device of ``x``.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no floating-point batch, or the key's tensors lie on another device.
+
+    Source: Philox4x32-10, Salmon et al., SC 2011; normals by Box-Muller.
+    """
+    check_batch("x", x)
+    if distribution not in _KINDS:
+        raise ValueError(f"distribution must be one of {', '.join(map(repr, _KINDS))}, got {distribution!r}")
+    if not isinstance(key, NoiseKey):
+        raise TypeError(f"key must be a NoiseKey, got {type(key).__name__}")
+    args = _noise_args(key, x)
+    backend = select(x.device, x.dtype)
+    if backend == "reference":
+        return reference.noise_like(x, args, _KINDS[distribution])
+    return ops.call(op.noise_like[backend], False, _contiguous(x.detach()), *args, _KINDS[distribution])
+
+
+def sampler_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: SamplerTable,
+    step: int | Tensor,
+    *,
+    noise: NoiseKey | Tensor | None = None,
+    history: Tensor | None = None,
+    guidance: tuple[Tensor, float] | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
+    return_x0: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of any sampler in one pass over memory.
+
+    ``x0 = clip(px x + pm m, lo, hi)``, ``x' = ax x + a0 x0 + am m + ah history + an noise``, with the coefficients of
+    row ``step`` of the table. With guidance ``m = m_u + w (m_c - m_u)``. Where ``mask`` is 1 the result is the known
+    sample at the new noise level, ``ak known + sk noise``. 16-bit tensors are worked on in float32.
+
+    Args:
+        x: ``[batch, ...]`` the state.
+        model_output: like ``x``; what ``table.prediction`` says (the conditional output, with guidance).
+        table: from ``dgm_kernels.tables``.
+        step: row of the table: an int, an int64 tensor without dimensions (read on the device), or one entry a sample.
+        noise: a key (its step is added to ``step``), a tensor like ``x``, or None: a fresh seed from PyTorch's
+            generator. Tables without noise ignore it, unless known pixels need it.
+        history: like ``x``; what ``table.history`` names, for steps that use it.
+        guidance: ``(unconditional model output, scale)``.
+        known: sample whose pixels are given; broadcasts to ``x``.
+        mask: 1 (or True) where ``known`` is given, 0 where it is not, between to blend; broadcasts to ``x``.
+        out: where to write the result (with ``return_x0`` a pair); may be ``x`` itself. Not with gradients.
+        return_x0: also return the (bounded) prediction of the clean sample.
+
+    Returns:
+        The next state, in the dtype and memory format of ``x``; with ``return_x0`` the pair (state, x0).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range; the message names it.
+
+    Source: see each table; guidance: Ho and Salimans, 2022; known pixels: Song et al., 2021; Lugmayr et al., 2022.
+    """
+    check_batch("x", x)
+    check_like("model_output", model_output, x, "x")
+    if not isinstance(table, SamplerTable):
+        raise TypeError(f"table must be a SamplerTable (see dgm_kernels.tables), got {type(table).__name__}")
+    check_index("step", step, x, "x", len(table))
+    unconditional, scale = _check_guidance(guidance, x)
+    _check_history(history, table, step, x)
+    known, mask = _check_known(known, mask, x)
+    args = _noise_args(noise, x) if table.stochastic or known is not None else NO_NOISE
+    tensors = [x, model_output, args[0], history, unconditional, known, mask]
+    backend = select(x.device, x.dtype)
+    grad = _needs_grad(*tensors)
+    if out is not None:
+        _check_out(out, x, return_x0, grad)
+    order, tensors = _dense(tensors, args[-1] >= 0)
+    x_, model_output, given, history, unconditional, known, mask = tensors
+    args = (given, *args[1:])
+    threshold = _threshold(table, x_, model_output, step, unconditional, scale)
+    if backend == "reference":
+        result = reference.sampler_step(
+            x_, model_output, _rows(table, x), step, args, history, unconditional, scale, known, mask, threshold
+        )
+        return _finish(result if return_x0 else result[0], x, order, out)
+    step_tensor, step = (step, 0) if isinstance(step, Tensor) else (None, step)
+    inputs = (x_, model_output, table.rows_on(x.device), step_tensor, step, *args, history, unconditional, scale)
+    inputs = (*inputs, known, mask, threshold, table.clips)
+    if out is not None and order is None and _all_contiguous(out):
+        new, x0 = out if isinstance(out, tuple) else (out, None)
+        ops.call(op.sampler_step_out[backend], False, *inputs, new, x0)
+        return out
+    result = ops.call(op.sampler_step[backend], grad, *inputs, return_x0)
+    if order is None and out is None:
+        return result if return_x0 else result[0]
+    return _finish(result if return_x0 else result[0], x, order, out)
+
+
+def add_noise(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> Tensor:
+    """The forward process ``x_t = alpha[t] x0 + sigma[t] noise`` in one pass.
+
+    Args:
+        x0: ``[batch, ...]`` clean samples.
+        table: from ``tables.training``.
+        t: int64 ``[batch]``, index into the table for every sample.
+        noise: a key or a tensor like ``x0``.
+
+    Returns:
+        ``x_t`` in the dtype and memory format of ``x0``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 4.
+    """
+    args = _check_training(x0, table, t, noise)
+    grad = _needs_grad(x0, args[0])
+    order, (x, given) = _dense([x0, args[0]], args[-1] >= 0)
+    args = (given, *args[1:])
+    backend = select(x0.device, x0.dtype)
+    if backend == "reference":
+        result = reference.add_noise(x, _rows(table, x0), t, args)
+    else:
+        result = ops.call(op.add_noise[backend], grad, x, table.rows_on(x0.device), t, *args)
+    return _finish(result, x0, order, None)
+
+
+def denoising_loss(
+    model_output: Tensor,
+    x0: Tensor,
+    table: TrainingTable,
+    t: Tensor,
+    noise: NoiseKey | Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``weight mean((m - target)^2)`` with ``target = cx[t] x0 + cn[t] noise``, drawing the noise again.
+
+    The noise is that of :func:`add_noise` with the same key and is never stored: the backward pass needs only the
+    residual, which takes the place of the saved model output.
+
+    Args:
+        model_output: like ``x0``.
+        x0: ``[batch, ...]`` clean samples.
+        table: from ``tables.training``; its ``prediction`` says what the target is, and it holds a weight for every time.
+        t: int64 ``[batch]``.
+        noise: the key or the tensor that made ``x_t``.
+        weight: ``[batch]``, multiplies the table's.
+        reduction: ``"mean"`` or ``"sum"`` over the batch, or ``"none"``; elements of a sample are always averaged.
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or ``[batch]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+
+    Source: Ho et al., 2020, equation 14; v: Salimans and Ho, 2022; score: Vincent, 2011.
+    """
+    args = _check_training(x0, table, t, noise)
+    check_like("model_output", model_output, x0, "x0")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if weight is not None and (not isinstance(weight, Tensor) or weight.shape != x0.shape[:1]):
+        raise ValueError(f"weight must be a tensor of shape {tuple(x0.shape[:1])}, got {getattr(weight, 'shape', weight)}")
+    grad = _needs_grad(model_output, x0, args[0])
+    _, (m, x, given) = _dense([model_output, x0, args[0]], args[-1] >= 0)
+    args = (given, *args[1:])
+    backend = select(x0.device, torch.promote_types(x0.dtype, model_output.dtype))
+    if backend == "reference":
+        loss, _ = reference.denoising_loss(m, x, _rows(table, x0), t, args)
+    else:
+        loss, _ = ops.call(op.denoising_loss[backend], grad, m, x, table.rows_on(x0.device), t, *args, grad)
+    if weight is not None:
+        loss = loss * weight
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def sample(
+    denoiser: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    table: SamplerTable,
+    *,
+    noise: NoiseKey | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Runs a table from its first row to its last.
+
+    Args:
+        denoiser: ``denoiser(x, time) -> model output``; ``time`` is float32 ``[batch]``, from ``table.times``.
+        x: the initial state, ``table.initial_sigma`` times standard normal noise.
+        table: from ``dgm_kernels.tables``.
+        noise: key of the trajectory; None draws one seed from PyTorch's generator.
+        known, mask: see :func:`sampler_step`.
+        callback: called with (step, state) after every step.
+
+    Returns:
+        The final state.
+    """
+    if table.stochastic and noise is None:
+        noise = NoiseKey.draw(device=x.device)
+    times = table.times.to(device=x.device, dtype=torch.float32)
+    scales = table.input_scale.tolist()
+    previous = history = None
+    for step in range(len(table)):
+        seen = x if scales[step] == 1.0 else x * scales[step]
+        m = denoiser(seen, times[step].expand(x.shape[0]))
+        history = previous if table.needs_history[step] else None
+        new, x0 = sampler_step(
+            x, m, table, step, noise=noise, history=history, known=known, mask=mask, return_x0=True
+        )
+        previous = x0 if table.history == "x0" else x
+        x = new
+        if callback is not None:
+            callback(step, x)
+    return x
+
+
+def _noise_args(noise: NoiseKey | Tensor | None, x: Tensor, name: str = "noise") -> OpArgs:
+    if isinstance(noise, Tensor):
+        check_like(name, noise, x, "x")
+        return (noise, *NO_NOISE[1:])
+    if noise is None:
+        noise = NoiseKey.draw(device=x.device)
+    elif not isinstance(noise, NoiseKey):
+        raise TypeError(f"{name} must be a NoiseKey or a tensor, got {type(noise).__name__}")
+    for field in ("seed", "step", "samples"):
+        value = getattr(noise, field)
+        if isinstance(value, Tensor):
+            check_device(f"{name}.{field}", value, x, "x")
+            if value.numel() != 1 and value.shape[0] != x.shape[0]:
+                raise ValueError(f"{name}.{field} must have {x.shape[0]} entries, got {value.shape[0]}")
+    return noise.op_args()
+
+
+def _check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Tensor | None, float]:
+    if guidance is None:
+        return None, 1.0
+    if not isinstance(guidance, tuple) or len(guidance) != 2:
+        raise TypeError("guidance must be a pair (unconditional model output, scale)")
+    check_like("guidance[0]", guidance[0], x, "x")
+    if not isinstance(guidance[1], (int, float, torch.SymFloat)):
+        raise TypeError(f"guidance[1], the scale, must be a number, got {type(guidance[1]).__name__}")
+    return guidance[0], float(guidance[1])
+
+
+def _check_history(history: Tensor | None, table: SamplerTable, step: int | Tensor, x: Tensor) -> None:
+    if history is not None:
+        check_like("history", history, x, "x")
+    elif table.history is not None and (isinstance(step, Tensor) or table.needs_history[step]):
+        what = "state that the step before started from" if table.history == "x" else "x0 that the step before predicted"
+        raise ValueError(f"history must be given for step {step} of table {table.name!r}: the {what}")
+
+
+def _check_known(known: Tensor | None, mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if known is None and mask is None:
+        return None, None
+    if known is None or mask is None:
+        raise ValueError("known and mask go together, got only one of them")
+    return _expanded("known", known, x), _expanded("mask", mask, x)
+
+
+def _expanded(name: str, value: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_device(name, value, x, "x")
+    try:
+        return value.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"{name} must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}") from None
+
+
+def _check_out(out: Any, x: Tensor, return_x0: bool, grad: bool) -> None:
+    if grad:
+        raise ValueError("out does not support gradients: an input requires them")
+    pair = out if isinstance(out, tuple) else (out,)
+    if len(pair) != 1 + return_x0:
+        raise ValueError(f"out must be {'a pair of tensors' if return_x0 else 'a tensor'}")
+    for tensor in pair:
+        check_like("out", tensor, x, "x")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"out must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def _check_training(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> OpArgs:
+    check_batch("x0", x0)
+    if not isinstance(table, TrainingTable):
+        raise TypeError(f"table must be a TrainingTable (see tables.training), got {type(table).__name__}")
+    check_index("t", t, x0, "x0", len(table), per_row=True)
+    if noise is None:
+        raise TypeError("noise must be a NoiseKey or a tensor, got None: the loss has to draw the same noise again")
+    return _noise_args(noise, x0)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _all_contiguous(tensors: Tensor | tuple[Tensor, ...]) -> bool:
+    return all(t.is_contiguous() for t in (tensors if isinstance(tensors, tuple) else (tensors,)))
+
+
+def _dense(tensors: list[Tensor | None], drawn: bool) -> tuple[tuple[int, ...] | None, list[Tensor | None]]:
+    """The tensors in the form of the kernels, and the permutation that did it (None if the order is row-major).
+
+    Noise that is drawn follows the row-major order, so only calls without it may use another common memory order.
+    """
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return None, tensors
+    order = None if drawn else layout.common_order(tensors)
+    if order is not None:
+        return order, [None if t is None else t.permute(order) for t in tensors]
+    return tuple(range(tensors[0].dim())), [None if t is None else t.contiguous() for t in tensors]  # type: ignore[union-attr]
+
+
+def _finish(result: Any, x: Tensor, order: tuple[int, ...] | None, out: Any) -> Any:
+    """Puts results back into the memory format of ``x``, and into ``out``."""
+    if isinstance(result, tuple):
+        return tuple(_finish(r, x, order, None if out is None else out[i]) for i, r in enumerate(result))
+    if order is not None:
+        row_major = order == tuple(range(x.dim()))
+        result = layout.like_strides(result, x) if row_major else result.permute(layout.inverse(order))
+    return result if out is None else out.copy_(result)
+
+
+def _rows(table: SamplerTable | TrainingTable, x: Tensor) -> Tensor:
+    return table.rows64.to(x.device) if x.dtype == torch.float64 else table.rows_on(x.device)
+
+
+def _threshold(
+    table: SamplerTable, x: Tensor, m: Tensor, step: int | Tensor, unconditional: Tensor | None, scale: float
+) -> Tensor | None:
+    if table.dynamic_threshold is None:
+        return None
+    return reference.dynamic_threshold(x, m, _rows(table, x), step, unconditional, scale, *table.dynamic_threshold)

@@ -1,0 +1,160 @@
+"""Schemas, fake kernels and gradients of the sampler op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import ops
+from .._core.noise import SCHEMA as _NOISE
+from .reference import per_sample
+
+_TRITON = "dgm_kernels.sampler.triton"
+_STEP_INPUTS = (
+    f"Tensor x, Tensor model_output, Tensor rows, Tensor? step_tensor, SymInt step, {_NOISE}, Tensor? history, "
+    "Tensor? unconditional, float guidance_scale, Tensor? known, Tensor? mask, Tensor? threshold, bool clips"
+)
+
+
+def _fake_noise_like(like: Tensor, *args: Any) -> Tensor:
+    kind = args[-1]
+    return torch.empty(like.shape, dtype=torch.int32 if kind == 2 else like.dtype, device=like.device)
+
+
+def _fake_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if args[-1] else (0,))
+
+
+def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    (x, m, rows, step_tensor, step, noise, *_, history, unconditional, scale, known, mask, threshold, clips, with_x0) = inputs
+    bounded = (x, m, unconditional, threshold) if clips or threshold is not None else (None,) * 4
+    ctx.save_for_backward(rows, step_tensor, mask, *bounded)
+    ctx.step, ctx.scale, ctx.with_x0, ctx.shape = step, scale, with_x0, x.shape
+    optional = {"noise": noise, "history": history, "unconditional": unconditional, "known": known}
+    ctx.dtypes = {"x": x.dtype, "m": m.dtype, **{k: v.dtype for k, v in optional.items() if v is not None}}
+
+
+def _step_backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Any, ...]:
+    """Gradients of the affine step. Saves x and the model output only where x0 is bounded."""
+    rows, step_tensor, mask, x, m, unconditional, threshold = ctx.saved_tensors
+    row = rows[ctx.step if step_tensor is None else step_tensor].unbind(-1)
+    like = grad
+    px, pm, lo, hi, ax, a0, am, ah, an, ak, sk = (per_sample(c, like) for c in row[:11])
+    g = grad.to(torch.float32)
+    share = None if mask is None else g * mask
+    g = g if share is None else g - share
+    g_x0 = a0 * g + grad_x0 if ctx.with_x0 else a0 * g
+    g_threshold = None
+    if x is not None:
+        mixed = m if unconditional is None else unconditional + ctx.scale * (m.float() - unconditional)
+        raw = px * x + pm * mixed
+        s = None if threshold is None else per_sample(threshold, like)
+        inside = (raw >= lo) & (raw <= hi) if s is None else raw.abs() <= s
+        g_x0 = g_x0 * inside
+        if s is not None:
+            g_threshold = -(g_x0 * raw).flatten(1).sum(1) / threshold**2
+            g_x0 = g_x0 / s
+    g_m = am * g + pm * g_x0
+    scale = ctx.scale
+    guided = "unconditional" in ctx.dtypes
+    grads = {
+        "x": ax * g + px * g_x0,
+        "m": scale * g_m if guided else g_m,
+        "noise": an * g if share is None else an * g + sk * share,
+        "history": ah * g,
+        "unconditional": (1 - scale) * g_m,
+        "known": None if share is None else ak * share,
+    }
+    out = {k: grads[k].to(d) for k, d in ctx.dtypes.items() if grads[k] is not None}
+    # x, model_output, rows, step_tensor, step, noise, 7 numbers and tensors of the key, history, ...
+    return (
+        *(out["x"], out["m"], None, None, None, out.get("noise"), *[None] * 7),
+        *(out.get("history"), out.get("unconditional"), None, out.get("known"), None, g_threshold, None, None),
+    )
+
+
+def _fake_add_noise(x0: Tensor, *args: Any) -> Tensor:
+    return x0.new_empty(x0.shape)
+
+
+def _add_noise_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x0, rows, t, noise, *_ = inputs
+    ctx.save_for_backward(rows, t)
+    ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
+
+
+def _add_noise_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """``alpha[t] grad`` and ``sigma[t] grad``. Saves nothing but the table."""
+    rows, t = ctx.saved_tensors
+    dtype, noise_dtype = ctx.dtypes
+    to_x0 = (per_sample(rows[t, 0], grad) * grad).to(dtype)
+    to_noise = None if noise_dtype is None else (per_sample(rows[t, 1], grad) * grad).to(noise_dtype)
+    return (to_x0, None, None, to_noise, *[None] * 7)
+
+
+def _fake_loss(model_output: Tensor, x0: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    loss = x0.new_empty(x0.shape[:1], dtype=torch.float32)
+    return loss, model_output.new_empty(model_output.shape if args[-1] else (0,))
+
+
+noise_like = ops.define("noise_like", f"(Tensor like, {_NOISE}, int kind) -> Tensor", _fake_noise_like, _TRITON)
+sampler_step = ops.define(
+    "sampler_step",
+    f"({_STEP_INPUTS}, bool return_x0) -> (Tensor, Tensor)",
+    _fake_step,
+    _TRITON,
+    _step_context,
+    _step_backward,
+)
+sampler_step_out = ops.define(
+    "sampler_step_out",
+    f"({_STEP_INPUTS}, Tensor(a!) out, Tensor(b!)? x0_out) -> ()",
+    lambda *args: None,
+    _TRITON,
+)
+add_noise = ops.define(
+    "add_noise",
+    f"(Tensor x0, Tensor rows, Tensor t, {_NOISE}) -> Tensor",
+    _fake_add_noise,
+    _TRITON,
+    _add_noise_context,
+    _add_noise_backward,
+)
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    model_output, x0, rows, t, noise, *_ = inputs
+    ctx.save_for_backward(output[1], rows, t)
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = x0.dtype, None if noise is None else noise.dtype
+
+
+def _loss_backward(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> tuple[Any, ...]:
+    """``2 weight / elements * grad * residual``. Saves the residual (in place of the model output), never the noise.
+
+    The residual is an output of the op, so a second derivative reaches the model output through ``grad_residual``.
+    """
+    residual, rows, t = ctx.saved_tensors
+    g = grad_residual
+    if grad is not None:
+        elements = max(residual[:1].numel(), 1)
+        own = residual * per_sample((2.0 / elements) * rows[t, 4] * grad, residual)
+        g = own if g is None else own + g
+    if g is None:
+        return (None,) * 13
+    dtype, noise_dtype = ctx.dtypes
+    to_x0 = (-per_sample(rows[t, 2], g) * g).to(dtype) if ctx.needs_input_grad[1] else None
+    to_noise = None if noise_dtype is None else (-per_sample(rows[t, 3], g) * g).to(noise_dtype)
+    return (g.to(residual.dtype), to_x0, None, None, to_noise, *[None] * 8)
+
+
+denoising_loss = ops.define(
+    "denoising_loss",
+    f"(Tensor model_output, Tensor x0, Tensor rows, Tensor t, {_NOISE}, bool with_residual) -> (Tensor, Tensor)",
+    _fake_loss,
+    _TRITON,
+    _loss_context,
+    _loss_backward,
+)

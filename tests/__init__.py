@@ -1,0 +1,1 @@
+"""The tests, importable so that bench shares their cases."""
