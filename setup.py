@@ -137,9 +137,8 @@ def build_native() -> tuple[Path, dict[str, object]]:
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *defines], check=True)
-    subprocess.run(
-        [cmake, "--build", build_dir, "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True
-    )
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+    subprocess.run([cmake, "--build", build_dir, "--parallel", jobs], check=True)
     info = {
         "native": True,
         "reason": None,

@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 import dgm_kernels
-from bench.report import markdown_table
+from bench.markdown import markdown_table
 
 CAPABILITIES = (80, 90, 100)
 HEADINGS = ("kernel", "target", "registers", "spill bytes", "stack bytes", "shared bytes")

@@ -1,5 +1,6 @@
 """The fixture and options of the benchmarks; every case of every op runs through `compare`."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FAILED] = []
     config.addinivalue_line("python_files", "bench_*.py")
+    logging.getLogger("torch.__trace").propagate = False  # else a failed case shows thousands of lines of it
 
 
 def _thread_counts(config: pytest.Config) -> list[int]:
@@ -37,6 +39,8 @@ def _thread_counts(config: pytest.Config) -> list[int]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "build" in metafunc.fixturenames:
+        metafunc.parametrize("build", metafunc.module.CASES.values(), ids=metafunc.module.CASES.keys())
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", _thread_counts(metafunc.config), ids="{}t".format, indirect=True)
 
@@ -71,7 +75,7 @@ def compare(benchmark: Any, threads: int, request: pytest.FixtureRequest) -> Cal
         case = build(setup)
         try:
             if benchmark.disabled:
-                check(case, make_input_sets(case, setup.device)[0])
+                benchmark(check, case, make_input_sets(case, setup.device)[0])
                 return
             result, input_sets = compare_contenders(case, setup, config.getoption("--seconds"))
         except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench import pictures
 from bench.compare import UPPER_BOUNDS, family
+from bench.markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 HEADINGS = (
@@ -107,17 +108,6 @@ def environment_rows(environment: dict[str, Any], results: Sequence[dict[str, An
     if loads:
         rows.append(("load average", f"{min(loads):.2f} to {max(loads):.2f}"))
     return rows
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with padded columns, so that it also reads as text."""
-    columns = [max(len(row[index]) for row in [headings, *rows]) for index in range(len(headings))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, columns, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (width + 2) for width in columns) + "|"
-    return "\n".join([line(headings), rule, *map(line, rows)])
 
 
 def _markdown(environment: list[tuple[str, str]], results: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:

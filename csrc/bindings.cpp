@@ -1,10 +1,12 @@
 // Registers the kernels of every op and defines the module dgm_kernels._C.
 #include <pybind11/pybind11.h>
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include <string>
 
 #include "common/isa.h"
+#include "sampler/launch.h"
 
 namespace py = pybind11;
 
@@ -27,9 +29,23 @@ py::dict build_info() {
   return info;
 }
 
+// The schemas are in dgm_kernels/<op>/op.py; a backend is an overload.
+void register_kernels(torch::Library& m, const std::string& backend) {
+  const auto impl = [&](const char* op, auto kernel) { m.impl((op + ("." + backend)).c_str(), kernel); };
+  impl("noise_like", TORCH_FN(dgm::sampler::noise_like));
+  impl("sampler_step", TORCH_FN(dgm::sampler::sampler_step));
+  impl("sampler_step_out", TORCH_FN(dgm::sampler::sampler_step_out));
+  impl("add_noise", TORCH_FN(dgm::sampler::add_noise));
+  impl("denoising_loss", TORCH_FN(dgm::sampler::denoising_loss));
+}
+
 }  // namespace
 
-// ---- Operator registrations: one TORCH_LIBRARY_IMPL block per dispatch key; the schemas are in dgm_kernels/<op>/op.py
+TORCH_LIBRARY_IMPL(dgm, CPU, m) { register_kernels(m, "cpp"); }
+
+#ifdef DGM_WITH_CUDA
+TORCH_LIBRARY_IMPL(dgm, CUDA, m) { register_kernels(m, "cuda"); }
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of dgm_kernels; importing it registers them with torch.ops.dgm.";

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_C = pytest.importorskip("dgm_kernels._C", reason="the native extension is not built", exc_type=ImportError)
 
 
-def test_build_info_names_this_pytorch():
-    info = _C.build_info()
+@pytest.fixture(scope="module")
+def native() -> ModuleType:
+    return pytest.importorskip("dgm_kernels._C", reason="the native extension is not built", exc_type=ImportError)
+
+
+def test_build_info_names_this_pytorch(native):
+    info = native.build_info()
     recorded = json.loads((ROOT / "dgm_kernels" / "_build_info.json").read_text())
     assert info["torch"] == torch.__version__.split("+")[0]
     assert recorded["native"] and recorded["torch"] == torch.__version__
@@ -25,13 +30,13 @@ def test_build_info_names_this_pytorch():
 
 
 @pytest.mark.parametrize(("capability", "allowed"), [("default", ["default"]), ("avx2", ["default", "avx2"])])
-def test_active_isa_honours_aten_cpu_capability(capability, allowed):
+def test_active_isa_honours_aten_cpu_capability(native, capability, allowed):
     code = "import torch; from dgm_kernels import _C; print(_C.active_isa())"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in allowed
-    assert _C.active_isa() in _C.build_info()["isas"]
+    assert native.active_isa() in native.build_info()["isas"]
 
 
 def _weak_symbols(objects: list[Path]) -> set[str]:
@@ -43,8 +48,8 @@ def _weak_symbols(objects: list[Path]) -> set[str]:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_no_inline_function_of_one_isa_can_run_on_another_cpu(isa):
-    if isa not in _C.build_info()["isas"]:
+def test_no_inline_function_of_one_isa_can_run_on_another_cpu(native, isa):
+    if isa not in native.build_info()["isas"]:
         pytest.skip(f"this build has no {isa} kernels")
     builds = (ROOT / "build").glob(f"{sys.implementation.cache_tag}-torch{torch.__version__}-*")
     objects = [path for build in builds for path in build.glob(f"CMakeFiles/*_{isa}.dir/**/*.o")]
@@ -70,7 +75,7 @@ def test_installs_without_the_extension_and_says_why(tmp_path, variables, reason
     assert not (tmp_path / "dgm_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
 
-def test_a_compile_error_fails_the_build(tmp_path):
+def test_a_compile_error_fails_the_build(native, tmp_path):
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -1,0 +1,262 @@
+"""Cases of the sampler op: steps of DDPM and DDIM, the training step, and the noise itself."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.compare import Case, Contender, Setup, ours, variants
+from dgm_kernels import NoiseKey, Schedule, add_noise, denoising_loss, noise_like, sampler_step, tables, use_backend
+
+SCHEDULE = Schedule.linear(1000)
+KEY = NoiseKey(1234)
+LARGE, SMALL = (64, 3, 64, 64), (4, 3, 8, 8)
+NOISE_FLOPS = 6  # an element: 12 for a pair of Box-Muller, counting each function as one
+
+
+class Ancestral(NamedTuple):
+    """Coefficients of q(x' | x, x0), with which DDPM steps from time t to time t - 1."""
+
+    alpha: float
+    sigma: float
+    x0: float
+    x: float
+    deviation: float
+
+    @classmethod
+    def at(cls, t: int) -> "Ancestral":
+        """Ho et al., "Denoising Diffusion Probabilistic Models", equation 7, from the schedule's betas."""
+        bar, previous = SCHEDULE.alphas_cumprod[t].item(), SCHEDULE.alphas_cumprod[t - 1].item()
+        beta = 1 - bar / previous
+        mean_x0, mean_x = previous**0.5 * beta / (1 - bar), (1 - beta) ** 0.5 * (1 - previous) / (1 - bar)
+        return cls(bar**0.5, (1 - bar) ** 0.5, mean_x0, mean_x, (beta * (1 - previous) / (1 - bar)) ** 0.5)
+
+    def step(self, x: Tensor, eps: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The step as a user writes it."""
+        x0 = ((x - self.sigma * eps) / self.alpha).clamp(-1, 1)
+        mean = self.x0 * x0 + self.x * x
+        return mean + self.deviation * (torch.randn_like(x) if noise is None else noise)
+
+
+def box_muller(uniforms: Tensor) -> Tensor:
+    """The noise of docs/design.md from its uniforms, in their precision; samples of a multiple of four elements."""
+    u0, u1, u2, u3 = uniforms.reshape(-1, 4).unbind(1)
+    r0, r1 = ((-2 * u.log()).sqrt() for u in (u0, u2))
+    a0, a1 = (2 * torch.pi * u for u in (u1, u3))
+    return torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], dim=1).reshape(uniforms.shape)
+
+
+def uniforms_like(x: Tensor, key: NoiseKey) -> Tensor:
+    """The float32 uniforms behind `noise_like(x, key)`."""
+    with use_backend("reference"):
+        return noise_like(x.float(), key, distribution="uniform")
+
+
+def diffusers_scheduler(name: str, **settings: Any) -> tuple[Any, dict[str, str]]:
+    """A scheduler of diffusers, or None and why it is missing."""
+    try:
+        diffusers = importlib.import_module("diffusers")
+    except ImportError as error:
+        return None, {"diffusers": f"not installed ({error})"}
+    return getattr(diffusers, name)(**settings), {}
+
+
+def bars_at_two_threads(setup: Setup, **bars: float) -> Mapping[str, float]:
+    """Bars that were set on two CPU threads bind there."""
+    return bars if setup.device.type == "cpu" and setup.threads == 2 else {}
+
+
+def ddpm(
+    setup: Setup, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, bars: Any = bars_at_two_threads
+) -> Case:
+    """An ancestral step with clipping and fresh noise."""
+    row = 500
+    t = len(SCHEDULE) - 1 - row  # a table begins at the noisiest time
+    table, ancestral = tables.ddpm(SCHEDULE, prediction="eps", clip=1.0), Ancestral.at(t)
+
+    def make_inputs() -> SimpleNamespace:
+        x, eps = (torch.randn(shape, device=setup.device).to(dtype) for _ in range(2))
+        return SimpleNamespace(x=x, eps=eps, noise=box_muller(uniforms_like(x, KEY.at(row)).double()))
+
+    contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, noise=KEY), setup)
+    for name, step in variants(ancestral.step, setup).items():
+        contenders[name] = Contender(
+            lambda i, step=step: step(i.x, i.eps), lambda i, step=step: step(i.x, i.eps, i.noise.to(dtype))
+        )
+    if dtype == torch.float32:
+        scheduler, reason = diffusers_scheduler("DDPMScheduler", num_train_timesteps=len(SCHEDULE))
+        missing |= reason
+        if scheduler is not None:
+            contenders["diffusers"] = _diffusers_ancestral(scheduler, t)
+    elements = torch.Size(shape).numel()
+    return Case(
+        f"ddpm_step {_size(shape)} {_short(dtype)}",
+        make_inputs,
+        contenders,
+        lambda i: ancestral.step(i.x.double(), i.eps.double(), i.noise),
+        bytes=3 * elements * dtype.itemsize,
+        flops=elements * (10 + NOISE_FLOPS),
+        bars=bars(setup),
+        missing=missing,
+    )
+
+
+def _diffusers_ancestral(scheduler: Any, t: int) -> Contender:
+    def step(inputs: SimpleNamespace) -> Tensor:
+        return scheduler.step(inputs.eps, t, inputs.x, return_dict=False)[0]
+
+    def check(inputs: SimpleNamespace) -> Tensor:
+        drawn = mock.patch(f"{type(scheduler).__module__}.randn_tensor", return_value=inputs.noise.float())
+        with drawn:
+            return step(inputs)
+
+    return Contender(step, check, tolerance=1e-4)
+
+
+def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Any = bars_at_two_threads) -> Case:
+    """A deterministic step, with or without classifier-free guidance."""
+    steps, row, scale = 50, 25, 3.0
+    stride = len(SCHEDULE) // steps
+    t = (steps - 1 - row) * stride
+    table = tables.ddim(SCHEDULE, steps, eta=0.0)
+    bar, previous = SCHEDULE.alphas_cumprod[t].item(), SCHEDULE.alphas_cumprod[t - stride].item()
+
+    def plain(x: Tensor, eps: Tensor, uncond: Tensor) -> Tensor:
+        if guided:
+            eps = uncond + scale * (eps - uncond)
+        x0 = (x - (1 - bar) ** 0.5 * eps) / bar**0.5
+        return previous**0.5 * x0 + (1 - previous) ** 0.5 * eps
+
+    def make_inputs() -> SimpleNamespace:
+        x, eps, uncond = (torch.randn(shape, device=setup.device) for _ in range(3))
+        return SimpleNamespace(x=x, eps=eps, uncond=uncond, guidance=(uncond, scale) if guided else None)
+
+    contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, guidance=i.guidance), setup)
+    for name, step in variants(plain, setup).items():
+        contenders[name] = Contender(lambda i, step=step: step(i.x, i.eps, i.uncond))
+    if not guided:
+        scheduler, reason = diffusers_scheduler("DDIMScheduler", num_train_timesteps=len(SCHEDULE), clip_sample=False)
+        missing |= reason
+        if scheduler is not None:
+            scheduler.set_timesteps(steps)
+            contenders["diffusers"] = Contender(
+                lambda i: scheduler.step(i.eps, t, i.x, return_dict=False)[0], tolerance=1e-4
+            )
+    elements = torch.Size(shape).numel()
+    return Case(
+        f"ddim_step{' guided' * guided} {_size(shape)} fp32",
+        make_inputs,
+        contenders,
+        lambda i: plain(i.x.double(), i.eps.double(), i.uncond.double()),
+        bytes=(3 + guided) * elements * 4,
+        flops=elements * (3 + 3 * guided),
+        bars=bars(setup),
+        missing=missing,
+    )
+
+
+def train_step(setup: Setup, shape: tuple[int, ...]) -> Case:
+    """`add_noise`, then the loss of a model that predicts the noise, forward and backward.
+
+    What must move: x0, the noisy sample, the model output and its gradient.
+    """
+    table = tables.training(SCHEDULE, prediction="eps")
+    alpha, sigma = (values.to(setup.device, torch.float32) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t))
+
+    def plain(
+        x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        noise = torch.randn_like(x0) if noise is None else noise
+        x_t = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
+        return x_t, F.mse_loss(eps, noise)
+
+    def make_inputs() -> SimpleNamespace:
+        x0, eps = (torch.randn(shape, device=setup.device) for _ in range(2))
+        t = torch.randint(len(SCHEDULE), (shape[0],), device=setup.device)
+        return SimpleNamespace(x0=x0, eps=eps.requires_grad_(), t=t, noise=box_muller(uniforms_like(x0, KEY).double()))
+
+    def with_gradient(forward: tuple[Tensor, Tensor], eps: Tensor) -> tuple[Tensor, ...]:
+        return *forward, *torch.autograd.grad(forward[1], eps)
+
+    def fused(i: SimpleNamespace) -> tuple[Tensor, ...]:
+        return with_gradient((add_noise(i.x0, table, i.t, KEY), denoising_loss(i.eps, i.x0, table, i.t, KEY)), i.eps)
+
+    def reference(i: SimpleNamespace) -> tuple[Tensor, ...]:
+        eps = i.eps.detach().double().requires_grad_()
+        exact = [values.to(setup.device) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t)]
+        with torch.enable_grad():
+            return with_gradient(plain(i.x0.double(), eps, *exact, i.t, i.noise), eps)
+
+    contenders, missing = ours(fused, setup)
+    for name, step in variants(plain, setup).items():
+        contenders[name] = Contender(
+            lambda i, step=step: with_gradient(step(i.x0, i.eps, alpha, sigma, i.t), i.eps),
+            lambda i, step=step: with_gradient(step(i.x0, i.eps, alpha, sigma, i.t, i.noise.float()), i.eps),
+        )
+    elements = torch.Size(shape).numel()
+    return Case(
+        f"train_step {_size(shape)} fp32",
+        make_inputs,
+        contenders,
+        reference,
+        bytes=4 * elements * 4,
+        flops=elements * (7 + NOISE_FLOPS),
+        bars=bars_at_two_threads(setup, eager=8),
+        missing=missing,
+        grad=True,
+    )
+
+
+def noise(setup: Setup, shape: tuple[int, ...]) -> Case:
+    """The noise alone, against `torch.randn_like`, whose yardstick of error is Box-Muller in float32."""
+
+    def make_inputs() -> SimpleNamespace:
+        x = torch.empty(shape, device=setup.device)
+        return SimpleNamespace(x=x, uniforms=uniforms_like(x, KEY))
+
+    contenders, missing = ours(lambda i: noise_like(i.x, KEY), setup)
+    contenders["eager"] = Contender(lambda i: torch.randn_like(i.x), lambda i: box_muller(i.uniforms))
+    elements = torch.Size(shape).numel()
+    return Case(
+        f"noise_like {_size(shape)} fp32",
+        make_inputs,
+        contenders,
+        lambda i: box_muller(i.uniforms.double()),
+        bytes=elements * 4,
+        flops=elements * NOISE_FLOPS,
+        missing=missing,
+    )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _latency_bar(setup: Setup) -> Mapping[str, float]:
+    return {"us": 12} if setup.device.type == "cpu" else {}
+
+
+CASES: dict[str, Callable[[Setup], Case]] = {
+    "ddpm": partial(ddpm, shape=LARGE, bars=partial(bars_at_two_threads, eager=12, compile=8)),
+    "ddpm-bf16": partial(ddpm, shape=LARGE, dtype=torch.bfloat16),
+    "ddpm-small": partial(ddpm, shape=SMALL, bars=_latency_bar),
+    "ddim": partial(ddim, shape=LARGE, bars=partial(bars_at_two_threads, eager=12, compile=1.1, floor=1.5)),
+    "ddim-guided": partial(ddim, shape=LARGE, guided=True),
+    "ddim-small": partial(ddim, shape=SMALL, bars=_latency_bar),
+    "train": partial(train_step, shape=LARGE),
+    "noise": partial(noise, shape=LARGE),
+}
+
+
+def test_sampler(compare: Callable[[Callable[[Setup], Case]], None], build: Callable[[Setup], Case]) -> None:
+    compare(build)
