@@ -17,6 +17,7 @@ from dgm_kernels import NoiseKey, Schedule, add_noise, denoising_loss, noise_lik
 SCHEDULE = Schedule.linear(1000)
 KEY = NoiseKey(1234)
 LARGE, SMALL = (64, 3, 64, 64), (4, 3, 8, 8)
+Bars = Callable[[Setup], Mapping[str, float]]
 NOISE_FLOPS = 6  # an element: 12 for a pair of Box-Muller, counting each function as one
 
 
@@ -73,7 +74,7 @@ def bars_at_two_threads(setup: Setup, **bars: float) -> Mapping[str, float]:
 
 
 def ddpm(
-    setup: Setup, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, bars: Any = bars_at_two_threads
+    setup: Setup, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, bars: Bars = bars_at_two_threads
 ) -> Case:
     """An ancestral step with clipping and fresh noise."""
     row = 500
@@ -84,11 +85,11 @@ def ddpm(
         x, eps = (torch.randn(shape, device=setup.device).to(dtype) for _ in range(2))
         return SimpleNamespace(x=x, eps=eps, noise=box_muller(uniforms_like(x, KEY.at(row)).double()))
 
+    def baseline(step: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda i: step(i.x, i.eps), lambda i: step(i.x, i.eps, i.noise.to(dtype)))
+
     contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, noise=KEY), setup)
-    for name, step in variants(ancestral.step, setup).items():
-        contenders[name] = Contender(
-            lambda i, step=step: step(i.x, i.eps), lambda i, step=step: step(i.x, i.eps, i.noise.to(dtype))
-        )
+    contenders |= {name: baseline(step) for name, step in variants(ancestral.step, setup).items()}
     if dtype == torch.float32:
         scheduler, reason = diffusers_scheduler("DDPMScheduler", num_train_timesteps=len(SCHEDULE))
         missing |= reason
@@ -112,14 +113,13 @@ def _diffusers_ancestral(scheduler: Any, t: int) -> Contender:
         return scheduler.step(inputs.eps, t, inputs.x, return_dict=False)[0]
 
     def check(inputs: SimpleNamespace) -> Tensor:
-        drawn = mock.patch(f"{type(scheduler).__module__}.randn_tensor", return_value=inputs.noise.float())
-        with drawn:
+        with mock.patch(f"{type(scheduler).__module__}.randn_tensor", return_value=inputs.noise.float()):
             return step(inputs)
 
     return Contender(step, check, tolerance=1e-4)
 
 
-def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Any = bars_at_two_threads) -> Case:
+def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Bars = bars_at_two_threads) -> Case:
     """A deterministic step, with or without classifier-free guidance."""
     steps, row, scale = 50, 25, 3.0
     stride = len(SCHEDULE) // steps
@@ -137,9 +137,11 @@ def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Any =
         x, eps, uncond = (torch.randn(shape, device=setup.device) for _ in range(3))
         return SimpleNamespace(x=x, eps=eps, uncond=uncond, guidance=(uncond, scale) if guided else None)
 
+    def baseline(step: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda i: step(i.x, i.eps, i.uncond))
+
     contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, guidance=i.guidance), setup)
-    for name, step in variants(plain, setup).items():
-        contenders[name] = Contender(lambda i, step=step: step(i.x, i.eps, i.uncond))
+    contenders |= {name: baseline(step) for name, step in variants(plain, setup).items()}
     if not guided:
         scheduler, reason = diffusers_scheduler("DDIMScheduler", num_train_timesteps=len(SCHEDULE), clip_sample=False)
         missing |= reason
@@ -161,44 +163,50 @@ def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Any =
     )
 
 
+def plain_training(
+    x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The noisy sample and the loss as a user writes them; `alpha` and `sigma` hold every time."""
+    noise = torch.randn_like(x0) if noise is None else noise
+    x_t = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
+    return x_t, F.mse_loss(eps, noise)
+
+
+def with_gradient(x_t: Tensor, loss: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    """What a training step needs: the noisy sample, the loss and the gradient of the model's output."""
+    return x_t, loss, *torch.autograd.grad(loss, eps)
+
+
 def train_step(setup: Setup, shape: tuple[int, ...]) -> Case:
     """`add_noise`, then the loss of a model that predicts the noise, forward and backward.
 
     What must move: x0, the noisy sample, the model output and its gradient.
     """
     table = tables.training(SCHEDULE, prediction="eps")
-    alpha, sigma = (values.to(setup.device, torch.float32) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t))
-
-    def plain(
-        x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        noise = torch.randn_like(x0) if noise is None else noise
-        x_t = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
-        return x_t, F.mse_loss(eps, noise)
+    alpha64, sigma64 = (values.to(setup.device) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t))
+    alpha, sigma = alpha64.float(), sigma64.float()
 
     def make_inputs() -> SimpleNamespace:
         x0, eps = (torch.randn(shape, device=setup.device) for _ in range(2))
         t = torch.randint(len(SCHEDULE), (shape[0],), device=setup.device)
         return SimpleNamespace(x0=x0, eps=eps.requires_grad_(), t=t, noise=box_muller(uniforms_like(x0, KEY).double()))
 
-    def with_gradient(forward: tuple[Tensor, Tensor], eps: Tensor) -> tuple[Tensor, ...]:
-        return *forward, *torch.autograd.grad(forward[1], eps)
-
     def fused(i: SimpleNamespace) -> tuple[Tensor, ...]:
-        return with_gradient((add_noise(i.x0, table, i.t, KEY), denoising_loss(i.eps, i.x0, table, i.t, KEY)), i.eps)
+        return with_gradient(add_noise(i.x0, table, i.t, KEY), denoising_loss(i.eps, i.x0, table, i.t, KEY), i.eps)
 
+    @torch.enable_grad()
     def reference(i: SimpleNamespace) -> tuple[Tensor, ...]:
         eps = i.eps.detach().double().requires_grad_()
-        exact = [values.to(setup.device) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t)]
-        with torch.enable_grad():
-            return with_gradient(plain(i.x0.double(), eps, *exact, i.t, i.noise), eps)
+        return with_gradient(*plain_training(i.x0.double(), eps, alpha64, sigma64, i.t, i.noise), eps)
+
+    def baseline(step: Callable[..., tuple[Tensor, Tensor]]) -> Contender:
+        return Contender(
+            lambda i: with_gradient(*step(i.x0, i.eps, alpha, sigma, i.t), i.eps),
+            lambda i: with_gradient(*step(i.x0, i.eps, alpha, sigma, i.t, i.noise.float()), i.eps),
+        )
 
     contenders, missing = ours(fused, setup)
-    for name, step in variants(plain, setup).items():
-        contenders[name] = Contender(
-            lambda i, step=step: with_gradient(step(i.x0, i.eps, alpha, sigma, i.t), i.eps),
-            lambda i, step=step: with_gradient(step(i.x0, i.eps, alpha, sigma, i.t, i.noise.float()), i.eps),
-        )
+    contenders |= {name: baseline(step) for name, step in variants(plain_training, setup).items()}
     elements = torch.Size(shape).numel()
     return Case(
         f"train_step {_size(shape)} fp32",
@@ -221,6 +229,7 @@ def noise(setup: Setup, shape: tuple[int, ...]) -> Case:
         return SimpleNamespace(x=x, uniforms=uniforms_like(x, KEY))
 
     contenders, missing = ours(lambda i: noise_like(i.x, KEY), setup)
+    missing["compile"] = "randn_like takes no given numbers, so there is nothing to check"
     contenders["eager"] = Contender(lambda i: torch.randn_like(i.x), lambda i: box_muller(i.uniforms))
     elements = torch.Size(shape).numel()
     return Case(

@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import pkgutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 
 import dgm_kernels
 from bench import floor, timing
+from bench.environment import seconds_of_others
 
 NATIVE_BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # the first is what "auto" takes
 UPPER_BOUNDS = ("us", "floor")  # bars on the time itself; every other bar is a least ratio to a baseline
@@ -258,17 +260,18 @@ def compare(case: Case, setup: Setup, seconds: float = 2.0) -> tuple[dict[str, A
     copy, copy_bytes = floor.copy_call(case.bytes, setup.device)
     entries = {name: entered(contender) for name, contender in contenders.items()}
     rate = floor.matmul_rate(setup.device, setup.threads, case.matmul_dtype)
-    load = os.getloadavg()
+    load, others, begin = os.getloadavg(), seconds_of_others(), time.perf_counter()
     # The copy competes in the same rounds: a change of the machine's load then moves a time and its floor alike.
     times = timing.interleave(entries | {"": timing.Entry(copy, [None], nullcontext)}, setup.device, seconds)
+    busy = (seconds_of_others() - others) / (time.perf_counter() - begin)
     copy_times = times.pop("")
     result = summarize(case, setup, times, copy_times, copy_bytes, rate)
     result["load_average"] = {"before": load, "after": os.getloadavg()}
+    result["cores_busy_elsewhere"] = max(0.0, busy)
     result["missing"] = dict(case.missing) | unavailable
     for name, contender in contenders.items():
         result["contenders"][name]["max_error"] = errors[name]
         with running(case, contender):
-            result["contenders"][name]["peak_bytes"] = timing.peak_memory(
-                lambda run=contender.run: run(input_sets[0]), setup.device
-            )
+            call = functools.partial(contender.run, input_sets[0])
+            result["contenders"][name]["peak_bytes"] = timing.peak_memory(call, setup.device)
     return result, input_sets

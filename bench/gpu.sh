@@ -66,7 +66,9 @@ fi
 
 if wanted tests; then
   if has_module pytest; then
-    step tests "$python" -m pytest "tests${only:+/test_$only.py}" -m gpu -q
+    targets=(tests)
+    [[ -z $only ]] || targets=(tests/test_"$only"*.py)
+    step tests "$python" -m pytest "${targets[@]}" -m gpu -q
   else
     skip tests "pytest is not installed"
   fi

@@ -102,7 +102,7 @@ def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.set_xlabel("floating-point operations per byte that must move")
     axes.set_ylabel("GFLOP/s")
-    style = {"linestyle": "none", "color": "black", "markerfacecolor": "none"}
+    style: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "none"}
     cases = [Line2D([], [], marker=marker, label=case, **style) for case, marker in markers.items()]
     figure.legend(
         handles=[*axes.get_lines()[: len(threads)], *cases], loc="outside right upper", frameon=False, fontsize=9

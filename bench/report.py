@@ -19,6 +19,7 @@ HEADINGS = (
 )  # fmt: skip
 DETAIL_HEADINGS = ("case", "threads", "contender", "median us", "IQR us", "ratio", "max error", "peak memory")
 NONE = "-"
+BUSY_CORES = 0.1  # a run that shares its cores more than this is remarked on
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; font-variant-numeric: tabular-nums; display: block;
@@ -95,8 +96,14 @@ def detail_rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def remarks(results: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> list[str]:
-    """Cases that report no speed, and contenders left out, with the reasons."""
+    """Cases that report no speed or were disturbed, and contenders left out, with the reasons."""
     lines = [f"{found['case']}, {found['threads']} threads: no speed, {found['reason']}" for found in failed]
+    lines += [
+        f"{result['case']}, {result['threads']} threads: its times say little, since other processes kept "
+        f"{result['cores_busy_elsewhere']:.1f} cores busy"
+        for result in results
+        if result["cores_busy_elsewhere"] > BUSY_CORES
+    ]
     missing = {(result["case"], name, reason) for result in results for name, reason in result["missing"].items()}
     return lines + [f"{case}: without {name}: {reason}" for case, name, reason in sorted(missing)]
 

@@ -108,7 +108,8 @@ def fake_result(case: str, threads: int, ratio: float) -> dict[str, Any]:
     for found in result["contenders"].values():
         found |= {"max_error": 1e-7, "peak_bytes": 3 << 20}
     load = {"before": [0.5], "after": [1]}
-    return {**result, "case": case, "missing": {"compile": "no compiler"}, "load_average": load}
+    more = {"missing": {"compile": "no compiler"}, "load_average": load, "cores_busy_elsewhere": 0.9 * (threads == 2)}
+    return {**result, "case": case, **more}
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,8 +128,14 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "one", "1", "1.00", "0.50", "2.00", "12.0x", "-", "40.0x", "met (1)", "1.0e-07", "3.0 MiB",
     ]  # fmt: skip
     assert "not met: eager 8.00 < 10.0" in two[0]
-    for text in ("three, 1 threads: no speed, WrongResult", "without compile: no compiler"):
-        assert text in table and text in capsys.readouterr().out + table
+    printed = capsys.readouterr().out
+    for text in (
+        "three, 1 threads: no speed, WrongResult",
+        "without compile: no compiler",
+        "two, 2 threads: its times say little",
+    ):
+        assert text in table and text in printed
+    assert "one, 1 threads: its" not in printed
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "off &lt;by&gt; a lot" in page
     for picture in ("speedup.png", "roofline.png"):

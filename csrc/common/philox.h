@@ -80,12 +80,12 @@ DGM_INLINE auto uniform(U word) {
   return to_float(word) * 0x1p-32f + 0x1p-33f;
 }
 
-// Two words as two independent standard normal numbers.
+// Two words as two independent standard normal numbers. 4 u is exact, so the angle may be taken in quarter turns.
 template <class U, class F>
 DGM_INLINE void box_muller(U radius_word, U angle_word, F& first, F& second) {
   const F radius = square_root(minus_two_log(uniform(radius_word)));
   F sine, cosine;
-  sincos_turns(uniform(angle_word), sine, cosine);
+  sincos_quarters(to_float(angle_word) * 0x1p-30f + 0x1p-31f, sine, cosine);
   first = radius * cosine;
   second = radius * sine;
 }

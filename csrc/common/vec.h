@@ -12,6 +12,7 @@
 
 #define DGM_INLINE static inline __attribute__((always_inline))
 #define DGM_INLINE_METHOD inline __attribute__((always_inline))
+#define DGM_NOINLINE static __attribute__((noinline))
 #define DGM_UNROLL _Pragma("GCC unroll 16")
 
 namespace dgm {
@@ -24,12 +25,21 @@ constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
-constexpr int kBlock = 4 * kWidth;  // elements that kWidth Philox counters make
+// Philox and Box-Muller are chains of dependent operations: several groups of counters run in lockstep to fill the
+// pipelines, as many as the registers hold (AVX-512 has 32, measured best of 1, 2 and 3).
+#if defined(__AVX512F__)
+constexpr int kGroups = 3;
+#else
+constexpr int kGroups = 1;
+#endif
+constexpr int kVectors = 4 * kGroups;
+constexpr int kBlock = kVectors * kWidth;  // elements that kGroups * kWidth Philox counters make
 
 typedef float F32 __attribute__((vector_size(4 * kWidth)));
 typedef int32_t I32 __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kWidth)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kWidth)));  // half as many lanes
+typedef uint8_t U8 __attribute__((vector_size(kWidth)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kWidth)));
 
 template <class To, class From>
@@ -50,11 +60,61 @@ DGM_INLINE void store_unaligned(void* to, V value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// ---- N vectors in lockstep: every operation runs over all of them before the next one.
+
+template <class V, int N>
+struct Pack {
+  V v[N];
+};
+
+#define DGM_EACH DGM_UNROLL for (int i = 0; i < N; ++i)
+
+#define DGM_LIFT(op)                                              \
+  template <class V, int N>                                       \
+  DGM_INLINE Pack<V, N> operator op(Pack<V, N> a, Pack<V, N> b) { \
+    DGM_EACH a.v[i] = a.v[i] op b.v[i];                           \
+    return a;                                                     \
+  }                                                               \
+  template <class V, int N, class S>                              \
+  DGM_INLINE Pack<V, N> operator op(Pack<V, N> a, S b) {          \
+    DGM_EACH a.v[i] = a.v[i] op b;                                \
+    return a;                                                     \
+  }
+DGM_LIFT(+)
+DGM_LIFT(-)
+DGM_LIFT(*)
+DGM_LIFT(&)
+DGM_LIFT(^)
+DGM_LIFT(<<)
+DGM_LIFT(>>)
+#undef DGM_LIFT
+
+template <class To, class V, int N>
+DGM_INLINE Pack<To, N> bit_cast(Pack<V, N> a) {
+  Pack<To, N> result;
+  DGM_EACH result.v[i] = bit_cast<To>(a.v[i]);
+  return result;
+}
+
 // ---- Philox
 
 template <class W>
+struct Broadcast {
+  static DGM_INLINE_METHOD W of(uint32_t value) { return W{} + value; }
+};
+
+template <class V, int N>
+struct Broadcast<Pack<V, N>> {
+  static DGM_INLINE_METHOD Pack<V, N> of(uint32_t value) {
+    Pack<V, N> result;
+    DGM_EACH result.v[i] = V{} + value;
+    return result;
+  }
+};
+
+template <class W>
 DGM_INLINE W broadcast(uint32_t value) {
-  return W{} + value;
+  return Broadcast<W>::of(value);
 }
 
 // `low` keeps the whole product: its upper half is never read.
@@ -71,11 +131,16 @@ DGM_INLINE void multiply(uint32_t factor, U64 value, U64& high, U64& low) {
   high = low >> 32;
 }
 
+template <int N>
+DGM_INLINE void multiply(uint32_t factor, Pack<U64, N> value, Pack<U64, N>& high, Pack<U64, N>& low) {
+  DGM_EACH multiply(factor, value.v[i], high.v[i], low.v[i]);
+}
+
 // Lanes 0, 2, 4, ... from the lower halves of `even`, lanes 1, 3, 5, ... from those of `odd`.
 DGM_INLINE U32 zip_lower_halves(U64 even, U64 odd) { return bit_cast<U32>((even & 0xFFFFFFFFu) | (odd << 32)); }
 
 // Transposes the 4x4 blocks that the four 128-bit groups at the same place make.
-DGM_INLINE void transpose4(F32 (&v)[4]) {
+DGM_INLINE void transpose4(F32* v) {
 #define DGM_TRANSPOSE4(prefix, vec, vecd)                                                             \
   const vec a = reinterpret_cast<vec>(v[0]), b = reinterpret_cast<vec>(v[1]);                         \
   const vec c = reinterpret_cast<vec>(v[2]), d = reinterpret_cast<vec>(v[3]);                         \
@@ -102,7 +167,7 @@ DGM_INLINE void transpose4(F32 (&v)[4]) {
 #undef DGM_TRANSPOSE4
 }
 
-// ---- Functions. Each is within 2 ulp on the arguments that noise gives it.
+// ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is F32 or a Pack of them.
 
 DGM_INLINE F32 square_root(F32 x) {
 #if defined(__AVX512F__)
@@ -126,13 +191,37 @@ DGM_INLINE F32 to_float(U32 x) {
 #endif
 }
 
+DGM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+
+DGM_INLINE F32 select_odd(U32 number, F32 odd, F32 even) { return (number & 1u) != 0u ? odd : even; }
+
+template <int N>
+DGM_INLINE Pack<F32, N> square_root(Pack<F32, N> x) {
+  DGM_EACH x.v[i] = square_root(x.v[i]);
+  return x;
+}
+
+template <class V, int N>
+DGM_INLINE Pack<F32, N> to_float(Pack<V, N> x) {
+  Pack<F32, N> result;
+  DGM_EACH result.v[i] = to_float(x.v[i]);
+  return result;
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> select_odd(Pack<U32, N> number, Pack<F32, N> odd, Pack<F32, N> even) {
+  DGM_EACH odd.v[i] = select_odd(number.v[i], odd.v[i], even.v[i]);
+  return odd;
+}
+
 // -2 ln(u) for u in (0, 1]: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), a minimax polynomial for ln(1 + f).
-DGM_INLINE F32 minus_two_log(F32 u) {
-  const I32 offset = bit_cast<I32>(u) - 0x3F3504F3;
-  const I32 e = offset >> 23;
-  const F32 f = bit_cast<F32>(bit_cast<I32>(u) - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
-  const F32 scale = __builtin_convertvector(e, F32);
-  F32 p = f * 0.08700435608625412f - 0.14267486333847046f;
+template <int N>
+DGM_INLINE Pack<F32, N> minus_two_log(Pack<F32, N> u) {
+  const auto bits = bit_cast<I32>(u);
+  const auto offset = bits - 0x3F3504F3;
+  const auto e = to_float(offset >> 23);
+  const auto f = bit_cast<F32>(bits - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
+  auto p = f * 0.08700435608625412f - 0.14267486333847046f;
   p = p * f + 0.14914767444133759f;
   p = p * f - 0.1657758504152298f;
   p = p * f + 0.19963063299655914f;
@@ -140,25 +229,26 @@ DGM_INLINE F32 minus_two_log(F32 u) {
   p = p * f + 0.3333390951156616f;
   p = p * f - 0.5f;
   p = p * (f * f) + f;
-  return scale * -1.3862943611198906f - 2.0f * p;
+  return e * -1.3862943611198906f - p * 2.0f;
 }
 
-// sin(2 pi u) and cos(2 pi u) for u in [0, 1]: the nearest quarter turn and minimax polynomials for the rest.
-DGM_INLINE void sincos_turns(F32 u, F32& sine, F32& cosine) {
-  const F32 shift = F32{} + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const F32 shifted = u * 4.0f + shift;
-  const F32 r = u * 4.0f - (shifted - shift);
-  const U32 quarter = bit_cast<U32>(shifted);
-  const F32 z = r * r;
-  F32 s = z * -0.00460165785625577f + 0.07968003302812576f;
+// sin and cos of `quarters` quarter turns, 0 to 4: the nearest whole one and minimax polynomials for the rest.
+template <int N>
+DGM_INLINE void sincos_quarters(Pack<F32, N> quarters, Pack<F32, N>& sine, Pack<F32, N>& cosine) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  const auto shifted = quarters + kShift;
+  const auto r = quarters - (shifted - kShift);
+  const auto whole = bit_cast<U32>(shifted);
+  const auto z = r * r;
+  auto s = z * -0.00460165785625577f + 0.07968003302812576f;
+  auto c = z * -0.020417282357811928f + 0.2536032199859619f;
   s = s * z - 0.6459634900093079f;
+  c = c * z - 1.2336976528167725f;
   s = (s * z + 1.5707963705062866f) * r;
-  F32 c = z * -0.020417282357811928f + 0.2536032199859619f;
-  c = (c * z - 1.2336976528167725f) * z + 1.0f;
-  const auto odd = (quarter & 1u) != 0u;
-  const U32 sine_sign = (quarter & 2u) << 30, cosine_sign = ((quarter + 1u) & 2u) << 30;
-  sine = bit_cast<F32>(bit_cast<U32>(odd ? c : s) ^ sine_sign);
-  cosine = bit_cast<F32>(bit_cast<U32>(odd ? s : c) ^ cosine_sign);
+  c = c * z + 1.0f;
+  const auto sine_sign = (whole & 2u) << 30, cosine_sign = ((whole + 1u) & 2u) << 30;
+  sine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, c, s)) ^ sine_sign);
+  cosine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, s, c)) ^ cosine_sign);
 }
 
 // Keep NaN: a comparison with it is false.
@@ -203,9 +293,7 @@ DGM_INLINE F32 load_float16(const uint16_t* from) {
 }
 
 DGM_INLINE F32 load_bool(const uint8_t* from) {
-  F32 value;
-  for (int i = 0; i < kWidth; ++i) value[i] = from[i] ? 1.0f : 0.0f;
-  return value;
+  return __builtin_convertvector(__builtin_convertvector(load_unaligned<U8>(from), I32), F32);
 }
 
 DGM_INLINE void store(float* to, F32 value) { store_unaligned(to, value); }
@@ -233,53 +321,56 @@ DGM_INLINE void store_float16(uint16_t* to, F32 value) {
 
 DGM_INLINE int element_size(DType dtype) { return dtype == DType::Float32 ? 4 : dtype == DType::Bool ? 1 : 2; }
 
-DGM_INLINE void load_block_full(const char* from, DType dtype, F32 (&v)[4]) {
+// Asks for the elements from `index` on that the next block will need: noise takes so long to work out that the
+// processor does not look that far ahead by itself.
+DGM_INLINE void prefetch_block(const Operand& operand, int64_t index) {
+  const char* from = static_cast<const char*>(operand.data) + index * element_size(operand.dtype);
+  const int bytes = kBlock * element_size(operand.dtype);
+  for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset);
+}
+
+DGM_INLINE F32 load_vector(const char* from, DType dtype) {
   switch (dtype) {
     case DType::BFloat16:
-      for (int i = 0; i < 4; ++i) v[i] = load_bfloat16(reinterpret_cast<const uint16_t*>(from) + i * kWidth);
-      break;
+      return load_bfloat16(reinterpret_cast<const uint16_t*>(from));
     case DType::Float16:
-      for (int i = 0; i < 4; ++i) v[i] = load_float16(reinterpret_cast<const uint16_t*>(from) + i * kWidth);
-      break;
+      return load_float16(reinterpret_cast<const uint16_t*>(from));
     case DType::Bool:
-      for (int i = 0; i < 4; ++i) v[i] = load_bool(reinterpret_cast<const uint8_t*>(from) + i * kWidth);
-      break;
+      return load_bool(reinterpret_cast<const uint8_t*>(from));
     default:
-      for (int i = 0; i < 4; ++i) v[i] = load(reinterpret_cast<const float*>(from) + i * kWidth);
+      return load(reinterpret_cast<const float*>(from));
   }
 }
 
-DGM_INLINE void store_block_full(char* to, DType dtype, const F32 (&v)[4]) {
+DGM_INLINE void store_vector(char* to, DType dtype, F32 value) {
   switch (dtype) {
     case DType::BFloat16:
-      for (int i = 0; i < 4; ++i) store_bfloat16(reinterpret_cast<uint16_t*>(to) + i * kWidth, v[i]);
-      break;
+      return store_bfloat16(reinterpret_cast<uint16_t*>(to), value);
     case DType::Float16:
-      for (int i = 0; i < 4; ++i) store_float16(reinterpret_cast<uint16_t*>(to) + i * kWidth, v[i]);
-      break;
+      return store_float16(reinterpret_cast<uint16_t*>(to), value);
     default:
-      for (int i = 0; i < 4; ++i) store(reinterpret_cast<float*>(to) + i * kWidth, v[i]);
+      return store(reinterpret_cast<float*>(to), value);
   }
 }
 
-// Up to kBlock elements from `index` on; the vectors beyond `count` hold zeros, so that a short block runs the same
-// arithmetic as a full one.
-DGM_INLINE void load_block(const Operand& operand, int64_t index, int64_t count, F32 (&v)[4]) {
+// Up to kWidth elements from `index` on. The lanes beyond `left` hold zeros, so that the end of a sample runs the same
+// arithmetic as the rest of it.
+DGM_INLINE F32 load_some(const Operand& operand, int64_t index, int64_t left) {
   const int size = element_size(operand.dtype);
   const char* from = static_cast<const char*>(operand.data) + index * size;
-  if (__builtin_expect(count >= kBlock, 1)) return load_block_full(from, operand.dtype, v);
-  alignas(64) char buffer[4 * kBlock] = {};
-  std::memcpy(buffer, from, count * size);
-  load_block_full(buffer, operand.dtype, v);
+  if (__builtin_expect(left >= kWidth, 1)) return load_vector(from, operand.dtype);
+  alignas(64) char buffer[4 * kWidth] = {};
+  std::memcpy(buffer, from, left * size);
+  return load_vector(buffer, operand.dtype);
 }
 
-DGM_INLINE void store_block(const Output& output, int64_t index, int64_t count, const F32 (&v)[4]) {
+DGM_INLINE void store_some(const Output& output, int64_t index, int64_t left, F32 value) {
   const int size = element_size(output.dtype);
   char* to = static_cast<char*>(output.data) + index * size;
-  if (__builtin_expect(count >= kBlock, 1)) return store_block_full(to, output.dtype, v);
-  alignas(64) char buffer[4 * kBlock];
-  store_block_full(buffer, output.dtype, v);
-  std::memcpy(to, buffer, count * size);
+  if (__builtin_expect(left >= kWidth, 1)) return store_vector(to, output.dtype, value);
+  alignas(64) char buffer[4 * kWidth];
+  store_vector(buffer, output.dtype, value);
+  std::memcpy(to, buffer, left * size);
 }
 
 }  // namespace DGM_ISA_NAMESPACE

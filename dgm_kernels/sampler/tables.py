@@ -131,7 +131,8 @@ def _bounds(clip: Clip) -> tuple[float, float]:
     return low, high
 
 
-def _rows(count: int, clip: Clip = None, **columns: Tensor | float) -> Tensor:
+def pack_rows(count: int, clip: Clip = None, **columns: Tensor | float) -> Tensor:
+    """``count`` rows from their columns (see ``SAMPLER_COLUMNS``); columns that are not given are 0."""
     low, high = _bounds(clip)
     values = {"lo": low, "hi": high, **columns}
     full = [torch.as_tensor(values.get(name, 0.0), dtype=torch.float64).expand(count) for name in SAMPLER_COLUMNS]
@@ -142,7 +143,7 @@ def _step_rows(nodes: _Nodes, clip: Clip, **columns: Tensor | float) -> Tensor:
     """One row from every node to the next."""
     here = {"px": nodes.here("px"), "pm": nodes.here("pm")}
     goal = {"ak": nodes.next("alpha"), "sk": nodes.next("sigma")}
-    return _rows(len(nodes.alpha) - 1, clip, **here, **goal, **columns)
+    return pack_rows(len(nodes.alpha) - 1, clip, **here, **goal, **columns)
 
 
 def _check_threshold(value: float | tuple[float, float] | None) -> tuple[float, float] | None:
@@ -300,7 +301,7 @@ def heun(
     first = _step_rows(nodes, clip, ax=ratio, a0=1 - ratio)
     half = (then - here)[:-1] / (2 * then[:-1])
     at_next = {name: nodes.next(name)[:-1] for name in ("px", "pm")}
-    second = _rows(
+    second = pack_rows(
         len(half), clip, **at_next, ah=0.5, ax=0.5 + half, a0=-half, ak=nodes.next("alpha")[:-1], sk=then[:-1]
     )
     fields = {name: _alternate(nodes.here(key), nodes.next(key)[:-1]) for name, key in _PER_ROW}
@@ -379,7 +380,7 @@ def _langevin_rows(nodes: _Nodes, part: Callable[[str], Tensor], size: Tensor, c
     alpha, sigma = part("alpha"), part("sigma")
     pull = size / sigma**2
     columns = {"ax": 1 - pull, "a0": pull * alpha, "an": (2 * size).sqrt(), "ak": alpha, "sk": sigma}
-    return _rows(len(size), clip, px=part("px"), pm=part("pm"), **columns)
+    return pack_rows(len(size), clip, px=part("px"), pm=part("pm"), **columns)
 
 
 def annealed_langevin(
@@ -412,7 +413,7 @@ def annealed_langevin(
     rows = _langevin_rows(nodes, nodes.here, size, clip).repeat_interleave(steps_per_level, 0)
     fields = {name: nodes.here(key).repeat_interleave(steps_per_level) for name, key in _PER_ROW}
     if denoise:
-        last = _rows(1, clip, px=nodes.here("px")[-1], pm=nodes.here("pm")[-1], a0=1.0, ak=1.0)
+        last = pack_rows(1, clip, px=nodes.here("px")[-1], pm=nodes.here("pm")[-1], a0=1.0, ak=1.0)
         rows = torch.cat([rows, last])
         fields = {name: torch.cat([value, value[-1:]]) for name, value in fields.items()}
     return _table("annealed_langevin", prediction, nodes, rows, **fields)
@@ -470,8 +471,8 @@ def flow_midpoint(schedule: Schedule, steps: int | None = None) -> SamplerTable:
     nodes = _nodes(schedule, steps, "velocity", None)
     dt = nodes.alpha.diff()
     middle = nodes.here("alpha") + dt / 2
-    first = _rows(len(dt), px=nodes.here("px"), pm=nodes.here("pm"), ax=1.0, am=dt / 2, ak=middle, sk=1 - middle)
-    second = _rows(len(dt), px=1.0, pm=1 - middle, ah=1.0, am=dt, ak=nodes.next("alpha"), sk=nodes.next("sigma"))
+    first = pack_rows(len(dt), px=nodes.here("px"), pm=nodes.here("pm"), ax=1.0, am=dt / 2, ak=middle, sk=1 - middle)
+    second = pack_rows(len(dt), px=1.0, pm=1 - middle, ah=1.0, am=dt, ak=nodes.next("alpha"), sk=nodes.next("sigma"))
     fields = {"times": _alternate(nodes.here("times"), middle), "input_scale": torch.ones(2 * len(dt), dtype=torch.float64)}
     return _table("flow_midpoint", "velocity", nodes, _alternate(first, second), history="x", **fields)
 

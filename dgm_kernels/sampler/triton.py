@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 1024  # elements of a program: two 16-byte accesses of a thread and float32 tensor, one of a 16-bit tensor
-_WARPS = 4
-_TILES = ((4, 256), (64, 16), (_TILE, 1))  # (columns, rows): short samples share a program
-_STEP_COLUMNS, _TRAINING_COLUMNS = 12, 8
+from .._core.backends import interpreted
 
-# Numbers that change from call to call: a kernel compiled for one value of them would not be used again.
-_FREE = ("batch", "elements", "seed", "step", "key_step", "first_sample", "steps", "stream")
+_TILE = 1024  # elements of a program: 8 a thread, two 16-byte accesses in float32 and one in 16 bits
+_WARPS = 4
+# Numbers that change from call to call: a kernel must not be compiled for their value.
+_FREE = (
+    "batch", "elements", "blocks", "rows", "step", "step_stride", "guidance_scale",
+    "seed", "key_step", "key_step_stride", "first_sample", "stream",
+)  # fmt: skip
 
 
 @triton.jit
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Ten rounds of Philox4x32. One widening product costs half of the pair (umulhi, mul) on the device."""
+    """Ten rounds of Philox4x32. A widening product is one instruction where umulhi and a product are two."""
     for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        p0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
+        p1 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = p1.to(tl.uint32)
@@ -37,65 +40,418 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _uniform(word):
-    """A word to a number in (0, 1]."""
+    """``float32(word) 2^-32 + 2^-33``, in (0, 1]."""
     return word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
-def _sincos(turns):
-    """``sin(2 pi u), cos(2 pi u)`` for u in [0, 1]; the reduction is exact, the polynomials are those of Cephes."""
-    quarter = tl.floor(turns * 4.0 + 0.5)
-    q = quarter.to(tl.int32)
-    a = (turns * 4.0 - quarter) * 1.5707963267948966
-    z = a * a
-    s = a + a * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))
-    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
-    odd = (q & 1) != 0
-    sine = tl.where(odd, c, s)
+def _cos_sin(turns):
+    """Cosine and sine of ``2 pi turns`` for turns in [0, 1].
+
+    The quarter turns are taken off exactly; the polynomials are those of csrc/common/vec.h.
+    """
+    shifted = turns * 4.0 + 12582912.0  # 1.5 * 2^23: rounds to an integer and leaves it in the low bits
+    quarter = shifted.to(tl.int32, bitcast=True)
+    r = turns * 4.0 - (shifted - 12582912.0)
+    z = r * r
+    s = r * (1.5707963705062866 + z * (-0.6459634900093079 + z * (0.07968003302812576 + z * -0.00460165785625577)))
+    c = 1.0 + z * (-1.2336976528167725 + z * (0.2536032199859619 + z * -0.020417282357811928))
+    odd = (quarter & 1) != 0
     cosine = tl.where(odd, s, c)
-    return tl.where((q & 2) != 0, -sine, sine), tl.where(((q + 1) & 2) != 0, -cosine, cosine)
+    sine = tl.where(odd, c, s)
+    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
 
 
 @triton.jit
-def _box_muller(radius_word, angle_word):
-    radius = tl.sqrt(-2.0 * tl.log(_uniform(radius_word)))
-    sine, cosine = _sincos(_uniform(angle_word))
-    return radius * cosine, radius * sine
+def _normals(w0, w1, w2, w3):
+    """Box-Muller: radius from words 0 and 2, angle from words 1 and 3, cosine first."""
+    r0 = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
+    r1 = tl.sqrt(-2.0 * tl.log(_uniform(w2)))
+    cos0, sin0 = _cos_sin(_uniform(w1))
+    cos1, sin1 = _cos_sin(_uniform(w3))
+    return r0 * cos0, r0 * sin0, r1 * cos1, r1 * sin1
 
 
 @triton.jit
-def _in_order(g0, g1, g2, g3):
-    """Four ``[rows, groups]`` to ``[rows, 4 groups]``: element e is entry e // 4 of ``g[e % 4]``."""
-    return tl.interleave(tl.interleave(g0, g2), tl.interleave(g1, g3))
+def _group(c0, c1, c2, c3, k0, k1, KIND: tl.constexpr):
+    """Four tensors: normals (KIND 0), uniforms (1) or words (2) of the groups of four elements that ``c0`` counts."""
+    w0, w1, w2, w3 = _philox(c0, c1, c2, c3, k0, k1)
+    if KIND == 0:
+        return _normals(w0, w1, w2, w3)
+    elif KIND == 1:
+        return _uniform(w0), _uniform(w1), _uniform(w2), _uniform(w3)
+    else:
+        return w0, w1, w2, w3
 
 
 @triton.jit
-def _words(
-    row, first_group, step, seed_ptr, seed, key_step_ptr, key_step, samples_ptr, first_sample, stream,
-    KEY_STEP_PER_ROW: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The Philox words of ``GROUPS`` groups of four elements of every row, from ``first_group`` on."""
-    seed = seed.to(tl.int64) if seed_ptr is None else tl.load(seed_ptr)
+def _draw(row, column, step, key, KIND: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr):
+    """The noise of ``COLUMNS`` elements of every row, from ``column`` on.
+
+    Every thread ends up with the elements that it loads and stores, 4 in a row, or 8 with PAIRS (two groups of four):
+    nothing goes through shared memory.
+    """
+    seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream = key
+    k = seed.to(tl.int64) if seed_ptr is None else tl.load(seed_ptr)
+    k0 = k.to(tl.uint32)
+    k1 = (k >> 32).to(tl.uint32)
     c1 = key_step + step
     if key_step_ptr is not None:
-        c1 += tl.load(key_step_ptr + row) if KEY_STEP_PER_ROW else tl.load(key_step_ptr)
+        c1 += tl.load(key_step_ptr + row * key_step_stride)
+    c1 = c1.to(tl.uint32)
     sample = first_sample + row if samples_ptr is None else tl.load(samples_ptr + row)
-    c0 = (first_group + tl.arange(0, GROUPS)[None, :]).to(tl.uint32)
-    c3 = (stream << 24) | ((sample >> 32) & 0xFFFFFF)
-    return _philox(
-        c0, c1.to(tl.uint32), sample.to(tl.uint32), c3.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    )
+    c2 = sample.to(tl.uint32)
+    c3 = (stream << 24 | (sample >> 32 & 0xFFFFFF)).to(tl.uint32)
+    first = (column // 4).to(tl.uint32)
+    if PAIRS:
+        c0 = first + 2 * tl.arange(0, COLUMNS // 8)[None, :].to(tl.uint32)
+        a0, a1, a2, a3 = _group(c0, c1, c2, c3, k0, k1, KIND)
+        b0, b1, b2, b3 = _group(c0 + 1, c1, c2, c3, k0, k1, KIND)
+        even = tl.interleave(tl.interleave(a0, b0), tl.interleave(a2, b2))
+        odd = tl.interleave(tl.interleave(a1, b1), tl.interleave(a3, b3))
+    else:
+        c0 = first + tl.arange(0, COLUMNS // 4)[None, :].to(tl.uint32)
+        a0, a1, a2, a3 = _group(c0, c1, c2, c3, k0, k1, KIND)
+        even = tl.interleave(a0, a2)
+        odd = tl.interleave(a1, a3)
+    return tl.interleave(even, odd)
 
 
 @triton.jit
-def _normal(
-    row, first_group, step, seed_ptr, seed, key_step_ptr, key_step, samples_ptr, first_sample, stream,
-    KEY_STEP_PER_ROW: tl.constexpr, GROUPS: tl.constexpr,
+def _tile(batch, elements, blocks, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows ``[ROWS, 1]``, first column, offsets ``[ROWS, COLUMNS]``, which of them exist, and which rows do.
+
+    Rows beyond the batch are the last one again, so that what belongs to a row can be loaded without a mask.
+    """
+    program = tl.program_id(0)
+    row_block = program // blocks
+    column = (program - row_block * blocks).to(tl.int64) * COLUMNS
+    row = row_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    elements = elements.to(tl.int64)
+    if ALIGNED:
+        elements = elements // 8 * 8  # changes nothing, but tells the compiler that rows begin at 16 bytes
+    place = tl.arange(0, COLUMNS)[None, :]
+    exists = place < tl.minimum(elements - column, COLUMNS).to(tl.int32)
+    in_batch = row < batch
+    if ROWS > 1:
+        exists &= in_batch
+        row = tl.minimum(row, batch - 1)
+    return row, column, row * elements + column + place, exists, in_batch
+
+
+@triton.jit
+def _table_row(rows_ptr, rows, index, WIDTH: tl.constexpr):
+    """A row of the table as (where it begins, whether it exists)."""
+    valid = (index >= 0) & (index < rows)
+    return rows_ptr + tl.where(valid, index, 0) * WIDTH, valid
+
+
+@triton.jit
+def _column(table_row, COLUMN: tl.constexpr):
+    """A coefficient; NaN where the index is out of range."""
+    begin, valid = table_row
+    return tl.load(begin + COLUMN, mask=valid, other=float("nan"))
+
+
+@triton.jit
+def _clamp(value, low, high):
+    """Like torch.clamp: NaN stays NaN."""
+    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _load(ptr, at, exists):
+    return tl.load(ptr + at, exists, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _noise_kernel(
+    out_ptr, seed_ptr, key_step_ptr, samples_ptr,
+    seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
+    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    w0, w1, w2, w3 = _words(
-        row, first_group, step, seed_ptr, seed, key_step_ptr, key_step, samples_ptr, first_sample, stream,
-        KEY_STEP_PER_ROW, GROUPS,
-    )  # fmt: skip
-    n0, n1 = _box_muller(w0, w1)
-    n2, n3 = _box_muller(w2, w3)
-    return _in_order(n0, n1, n2, n3)
+    """Normals (KIND 0), uniforms (1) or words (2)."""
+    PAIRS: tl.constexpr = COLUMNS > 4 and out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    row, column, at, exists, _ = _tile(batch, elements, blocks, ALIGNED, ROWS, COLUMNS)
+    key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
+    noise = _draw(row, column, 0, key, KIND, COLUMNS, PAIRS)
+    if KIND == 2:
+        noise = noise.to(tl.int32, bitcast=True)
+    tl.store(out_ptr + at, noise, exists)
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _step_kernel(
+    out_ptr, clean_ptr, x_ptr, model_output_ptr, noise_ptr, history_ptr, unconditional_ptr, known_ptr, mask_ptr,
+    threshold_ptr, rows_ptr, step_ptr, seed_ptr, key_step_ptr, samples_ptr,
+    guidance_scale: tl.float32, rows: tl.int64, step: tl.int64, step_stride: tl.int64,
+    seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
+    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The columns of a row: px pm lo hi ax a0 am ah an ak sk; the formula is that of reference.py."""
+    PAIRS: tl.constexpr = COLUMNS > 4 and out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    row, column, at, exists, _ = _tile(batch, elements, blocks, ALIGNED, ROWS, COLUMNS)
+    x = _load(x_ptr, at, exists)
+    m = _load(model_output_ptr, at, exists)
+    if unconditional_ptr is not None:
+        mu = _load(unconditional_ptr, at, exists)
+        m = mu + guidance_scale * (m - mu)
+    # The coefficients are scalars when the host names the step, [ROWS, 1] when the device does.
+    index = step if step_ptr is None else tl.load(step_ptr + row * step_stride)
+    c = _table_row(rows_ptr, rows, index, 12)
+    x0 = _column(c, 0) * x + _column(c, 1) * m
+    if threshold_ptr is None:
+        x0 = _clamp(x0, _column(c, 2), _column(c, 3))
+    else:
+        s = tl.load(threshold_ptr + row)
+        x0 = _clamp(x0, -s, s) / s
+    if clean_ptr is not None:
+        tl.store(clean_ptr + at, x0, exists)
+    new = _column(c, 4) * x + _column(c, 5) * x0 + _column(c, 6) * m
+    if history_ptr is not None:
+        new += _column(c, 7) * _load(history_ptr, at, exists)
+    noise = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if DRAWN:
+        needed = _column(c, 8) != 0.0
+        if known_ptr is not None:
+            needed |= _column(c, 10) != 0.0
+        if step_ptr is not None:
+            needed = tl.max(needed.to(tl.int32)) != 0
+        if needed:
+            key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
+            noise = _draw(row, column, index, key, 0, COLUMNS, PAIRS)
+    elif noise_ptr is not None:
+        noise = _load(noise_ptr, at, exists)
+    if DRAWN or noise_ptr is not None:
+        new += _column(c, 8) * noise
+    if known_ptr is not None:
+        goal = _column(c, 9) * _load(known_ptr, at, exists) + _column(c, 10) * noise
+        new += _load(mask_ptr, at, exists) * (goal - new)
+    tl.store(out_ptr + at, new, exists)
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _add_noise_kernel(
+    out_ptr, x0_ptr, noise_ptr, rows_ptr, t_ptr, seed_ptr, key_step_ptr, samples_ptr, rows: tl.int64,
+    seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
+    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The columns of a row: alpha sigma."""
+    PAIRS: tl.constexpr = COLUMNS > 4 and out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    row, column, at, exists, _ = _tile(batch, elements, blocks, ALIGNED, ROWS, COLUMNS)
+    x0 = _load(x0_ptr, at, exists)
+    c = _table_row(rows_ptr, rows, tl.load(t_ptr + row), 8)
+    if DRAWN:
+        key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
+        noise = _draw(row, column, 0, key, 0, COLUMNS, PAIRS)
+    else:
+        noise = _load(noise_ptr, at, exists)
+    tl.store(out_ptr + at, _column(c, 0) * x0 + _column(c, 1) * noise, exists)
+
+
+@triton.jit(do_not_specialize=_FREE)
+def _loss_kernel(
+    partial_ptr, residual_ptr, model_output_ptr, x0_ptr, noise_ptr, rows_ptr, t_ptr,
+    seed_ptr, key_step_ptr, samples_ptr, rows: tl.int64,
+    seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
+    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The columns of a row: alpha sigma cx cn weight. Writes ``weight / elements * sum of squares`` of every tile."""
+    PAIRS: tl.constexpr = COLUMNS > 4 and model_output_ptr.dtype.element_ty.primitive_bitwidth == 16
+    row, column, at, exists, in_batch = _tile(batch, elements, blocks, ALIGNED, ROWS, COLUMNS)
+    m = _load(model_output_ptr, at, exists)
+    x0 = _load(x0_ptr, at, exists)
+    c = _table_row(rows_ptr, rows, tl.load(t_ptr + row), 8)
+    if DRAWN:
+        key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
+        noise = _draw(row, column, 0, key, 0, COLUMNS, PAIRS)
+    else:
+        noise = _load(noise_ptr, at, exists)
+    residual = m - (_column(c, 2) * x0 + _column(c, 3) * noise)
+    if residual_ptr is not None:
+        tl.store(residual_ptr + at, residual, exists)
+    squares = tl.sum(tl.where(exists, residual * residual, 0.0), axis=1, keep_dims=True)
+    scale = _column(c, 4) / elements.to(tl.float32)
+    tl.store(partial_ptr + row * blocks + column // COLUMNS, scale * squares, in_batch)
+
+
+class _Grid(NamedTuple):
+    """How a ``[batch, elements]`` tensor is cut into programs."""
+
+    programs: tuple[int, int, int]
+    numbers: tuple[int, int, int]  # batch, elements, blocks of columns
+    tile: tuple[bool, int, int]  # ALIGNED, ROWS, COLUMNS
+
+
+@functools.lru_cache(maxsize=1024)
+def _grid(batch: int, elements: int) -> _Grid:
+    columns = 4 if elements <= 4 else 64 if elements <= 64 else _TILE  # short samples share a program
+    rows = _TILE // columns
+    blocks = -(-elements // columns)
+    # All on the first axis of the grid: the others end at 65535.
+    return _Grid((-(-batch // rows) * blocks, 1, 1), (batch, elements, blocks), (elements % 8 == 0, rows, columns))
+
+
+class _Key(NamedTuple):
+    """The arguments of a noise key as the kernels take them."""
+
+    tensors: tuple[Tensor | None, ...]  # seed, step, samples
+    numbers: tuple[int, ...]  # seed, step, stride of the step tensor, first sample, stream
+    drawn: bool
+
+
+def _key(noise: Tensor | None, args: Sequence[Any]) -> _Key:
+    """A given tensor takes the place of the key."""
+    seed_tensor, seed, step_tensor, step, samples, first_sample, stream = args
+    if noise is not None or stream < 0:
+        return _Key((None, None, None), (0, 0, 0, 0, 0), False)
+    return _Key((seed_tensor, step_tensor, samples), (seed, step, _stride(step_tensor), first_sample, stream), True)
+
+
+def _stride(index: Tensor | None) -> int:
+    """1 if there is an entry a row, 0 if there is one for all rows."""
+    return int(index is not None and index.numel() != 1)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    like: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int | float, ...],
+    constant: bool | int,
+) -> None:
+    """Cuts ``like`` into programs and launches the kernel on the current stream of its device.
+
+    From the second call on the compiled kernel is launched as it is: finding out anew which one is meant costs Triton
+    several times what a launch costs. Dtypes and alignments of the tensors and constants decide it, numbers do not.
+    """
+    programs, sizes, tile = _grid(like.shape[0], like.numel() // like.shape[0])
+    args = (*tensors, *numbers, *sizes, constant, *tile)
+    forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+    which = (kernel, like.device, constant, tile, *forms)
+    with _on(like.device):
+        compiled = _compiled.get(which)
+        if compiled is not None:
+            compiled[programs](*args)
+        elif not interpreted():
+            _compiled[which] = kernel[programs](*args, num_warps=_WARPS)
+        else:
+            kernel[programs](*args)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; the interpreter has none."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def noise_like(like: Tensor, noise: Tensor | None, *args: Any) -> Tensor:
+    """``dgm::noise_like.triton``; see :func:`dgm_kernels.noise_like`."""
+    *key_args, kind = args
+    out = torch.empty(like.shape, dtype=torch.int32 if kind == 2 else like.dtype, device=like.device)
+    if out.numel():
+        key = _key(noise, key_args)
+        _launch(_noise_kernel, out, (out, *key.tensors), key.numbers, kind)
+    return out
+
+
+def sampler_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """``dgm::sampler_step.triton``; see :func:`dgm_kernels.sampler_step`."""
+    *inputs, return_x0 = args
+    out = torch.empty_like(x)
+    x0 = torch.empty_like(x) if return_x0 else None
+    sampler_step_out(x, *inputs, out, x0)
+    return out, x.new_empty(0) if x0 is None else x0
+
+
+def sampler_step_out(
+    x: Tensor, model_output: Tensor, rows: Tensor, step_tensor: Tensor | None, step: int, noise: Tensor | None, *args: Any
+) -> None:
+    """``dgm::sampler_step_out.triton``: the step into given tensors, ``out`` and perhaps ``x0_out``."""
+    *key_args, history, unconditional, guidance_scale, known, mask, threshold, _, out, x0_out = args
+    if x.numel() == 0:
+        return
+    key = _key(noise, key_args)
+    given = (out, x0_out, x, model_output, noise, history, unconditional, known, mask, threshold, rows, step_tensor)
+    numbers = (guidance_scale, rows.shape[0], step, _stride(step_tensor), *key.numbers)
+    _launch(_step_kernel, x, (*given, *key.tensors), numbers, key.drawn)
+
+
+def add_noise(x0: Tensor, rows: Tensor, t: Tensor, noise: Tensor | None, *key_args: Any) -> Tensor:
+    """``dgm::add_noise.triton``; see :func:`dgm_kernels.add_noise`."""
+    out = torch.empty_like(x0)
+    if out.numel():
+        key = _key(noise, key_args)
+        tensors = (out, x0, noise, rows, t, *key.tensors)
+        _launch(_add_noise_kernel, x0, tensors, (rows.shape[0], *key.numbers), key.drawn)
+    return out
+
+
+def denoising_loss(
+    model_output: Tensor, x0: Tensor, rows: Tensor, t: Tensor, noise: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """``dgm::denoising_loss.triton``; see :func:`dgm_kernels.denoising_loss`.
+
+    One partial sum a tile, then a sum over the tiles of a sample, both in a fixed order.
+    """
+    *key_args, with_residual = args
+    residual = torch.empty_like(model_output) if with_residual else None
+    if x0.numel():
+        key = _key(noise, key_args)
+        batch, _, blocks = _grid(x0.shape[0], x0.numel() // x0.shape[0]).numbers
+        partial = torch.empty((batch, blocks), dtype=torch.float32, device=x0.device)
+        tensors = (partial, residual, model_output, x0, noise, rows, t, *key.tensors)
+        _launch(_loss_kernel, x0, tensors, (rows.shape[0], *key.numbers), key.drawn)
+        loss = partial.sum(1)
+    else:  # the mean of nothing is 0 / 0
+        loss = torch.full(x0.shape[:1], float("nan"), dtype=torch.float32, device=x0.device)
+    return loss, model_output.new_empty(0) if residual is None else residual
+
+
+_Spec = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
+
+
+def _spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> _Spec:
+    """What one form of a kernel is compiled from; tensors that are not named are absent."""
+    constants = {"ALIGNED": True, "ROWS": 1, "COLUMNS": _TILE, **constants}
+    signature: dict[str, str] = {}
+    for parameter in kernel.params:
+        if parameter.annotation_type:
+            signature[parameter.name] = parameter.annotation_type
+        elif not parameter.is_constexpr:
+            type_ = pointers.get(parameter.name.removesuffix("_ptr"))
+            (constants if type_ is None else signature)[parameter.name] = type_
+    own = {p.name for p in kernel.params} - signature.keys()
+    return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": _WARPS}
+
+
+def aot_specs() -> Iterator[_Spec]:
+    """Forms of the kernels to compile ahead of time: the common ones, and those with every option."""
+    for name, dtype in (("fp32", "*fp32"), ("bf16", "*bf16")):
+        yield _spec(f"noise_like_{name}", _noise_kernel, {"out": dtype}, KIND=0)
+        step = {"out": dtype, "x": dtype, "model_output": dtype, "rows": "*fp32"}
+        key = {"seed": "*i64", "key_step": "*i64", "samples": "*i64"}
+        more = dict.fromkeys(("clean", "history", "unconditional", "known"), dtype)
+        every = {**step, **key, **more, "mask": "*i1", "threshold": "*fp32", "step": "*i64"}
+        forms = {
+            "step": (step, {"DRAWN": False}),
+            "step_drawn": (step, {"DRAWN": True}),
+            "step_drawn_64_columns": (step, {"DRAWN": True, "ROWS": 16, "COLUMNS": 64}),
+            "step_drawn_unaligned": (step, {"DRAWN": True, "ALIGNED": False}),
+            "step_every_option": (every, {"DRAWN": True}),
+        }
+        for form, (pointers, constants) in forms.items():
+            yield _spec(f"{form}_{name}", _step_kernel, pointers, **constants)
+        training = {"x0": dtype, "rows": "*fp32", "t": "*i64"}
+        yield _spec(f"add_noise_{name}", _add_noise_kernel, {"out": dtype, **training}, DRAWN=True)
+        loss = {"partial": "*fp32", "residual": dtype, "model_output": dtype, **training}
+        yield _spec(f"denoising_loss_{name}", _loss_kernel, loss, DRAWN=True)

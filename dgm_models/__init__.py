@@ -1,0 +1,16 @@
+"""Deep generative models behind one interface, built from the public functions of ``dgm_kernels``."""
+
+from .model import DensityUnavailable, GenerativeModel
+from .registry import create_model, from_pretrained, list_models, register_model
+
+from . import ddpm  # isort: skip  (registers the family)
+
+__all__ = [
+    "DensityUnavailable",
+    "GenerativeModel",
+    "create_model",
+    "ddpm",
+    "from_pretrained",
+    "list_models",
+    "register_model",
+]

@@ -1,0 +1,222 @@
+"""The interface of every model: loss, sample, log_prob, elbo, save and load."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import math
+import pathlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+from dgm_kernels import NoiseKey
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from torch import Tensor, nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_CARD = """---
+{{ card_data }}
+---
+
+A generative model of `dgm_models`: `dgm_models.from_pretrained(<this folder or repository>)` loads it.
+"""
+
+
+class DensityUnavailable(RuntimeError):
+    """The model has no density (or no lower bound of it) that can be computed; the message says why."""
+
+
+class Stream(enum.IntEnum):
+    """What the streams of a :class:`~dgm_kernels.NoiseKey` are used for, so that no two uses share noise."""
+
+    STEPS = 0
+    INITIAL_STATE = 1
+    TRAINING_TIMES = 2
+    DROPPED_LABELS = 3
+    DATA_ORDER = 4
+    BOUND = 5
+    BOUND_TIMES = 6
+
+
+class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", model_card_template=_CARD):
+    """A distribution that can be trained, sampled and evaluated.
+
+    A family implements :meth:`loss_parts` and :meth:`_sample`, and overrides :meth:`log_prob` and :meth:`elbo` where
+    it has them. The arguments of ``__init__`` are the config: they must be JSON values.
+
+    Attributes:
+        model_name: the name in the registry.
+        sample_shape: the shape of one sample.
+        conditional: whether ``cond`` is understood.
+        levels: number of grey levels of the data in [-1, 1], equally spaced; None for continuous data.
+    """
+
+    model_name: ClassVar[str]
+    sample_shape: tuple[int, ...]
+    conditional: bool = False
+    levels: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that the model was made with, defaults included, as JSON values (a tuple is a list)."""
+        return json.loads(json.dumps(self._hub_mixin_config or {}))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are."""
+        return next(self.parameters()).dtype
+
+    @abstractmethod
+    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
+        """The named terms of the loss, scalars; the loss is their sum. Arguments as in :meth:`loss`."""
+
+    @abstractmethod
+    def _sample(self, n: int, seed: int, cond: Tensor | None, first_sample: int, **options: Any) -> Tensor:
+        """Draws samples ``first_sample`` .. ``first_sample + n - 1`` of ``seed``."""
+
+    def loss(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> Tensor:
+        """The scalar to minimise: the sum of :meth:`loss_parts`.
+
+        Args:
+            x: ``[batch, *sample_shape]``.
+            cond: what to condition on, one entry a sample, if the model is conditional.
+            key: names the noise of this step of training, which is then a pure function of the key; None draws a key
+                from PyTorch's generator.
+        """
+        return torch.stack(list(self.loss_parts(x, cond, key=key).values())).sum()
+
+    def forward(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> Tensor:
+        """:meth:`loss`, so that wrappers of modules (DistributedDataParallel, torch.compile) can train the model."""
+        return self.loss(x, cond, key=key)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        cond: Tensor | int | None = None,
+        first_sample: int = 0,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """``n`` samples, ``[n, *sample_shape]``.
+
+        Sample ``i`` of a seed does not depend on ``n``, on ``batch_size`` or on which process draws it, up to rounding.
+
+        Args:
+            n: how many.
+            seed: names the noise.
+            cond: what to condition on: ``[n, ...]``, or one int for all.
+            first_sample: global index of the first sample; a process of several draws its own range.
+            batch_size: how many to work on at a time; None takes all at once.
+            options: of the family.
+        """
+        check_positive("n", n)
+        batch_size = n if batch_size is None else check_positive("batch_size", batch_size)
+        cond = self._check_cond(cond, n)
+        with self._evaluating():
+            parts = [
+                self._sample(
+                    min(batch_size, n - start),
+                    seed,
+                    None if cond is None else cond[start : start + batch_size],
+                    first_sample + start,
+                    **options,
+                )
+                for start in range(0, n, batch_size)
+            ]
+        return torch.cat(parts)
+
+    def trajectory(
+        self, n: int, seed: int = 0, cond: Tensor | int | None = None, *, frames: int = 10, **options: Any
+    ) -> list[tuple[str, Tensor]]:
+        """At most ``frames`` labelled states on the way to a sample; a model that samples at once has only the sample."""
+        return [("sample", self.sample(n, seed, cond, **options))]
+
+    def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Exact log-density (continuous data) or log-probability (grey levels) in nats, ``[batch]``.
+
+        Raises:
+            DensityUnavailable: there is none that can be computed; the message says why.
+        """
+        raise DensityUnavailable(f"{self.model_name} has no density that can be computed")
+
+    def elbo(self, x: Tensor, k: int = 1, cond: Tensor | None = None) -> Tensor:
+        """A lower bound of :meth:`log_prob` in nats, ``[batch]``; for k > 1 the importance-weighted one.
+
+        Raises:
+            DensityUnavailable: there is no such bound; the message says why.
+        """
+        raise DensityUnavailable(f"{self.model_name} has no lower bound of its density")
+
+    def bits_per_dim(self, nats: Tensor) -> Tensor:
+        """A log-probability in nats as bits to store one number of a sample."""
+        return -nats / (math.prod(self.sample_shape) * math.log(2.0))
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode within the block: nothing may depend on the rest of the batch."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def _check_batch(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if tuple(x.shape[1:]) != tuple(self.sample_shape):
+            expected = ", ".join(["batch", *map(str, self.sample_shape)])
+            raise ValueError(f"x must have shape ({expected}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
+
+    def _check_cond(self, cond: Tensor | int | None, n: int) -> Tensor | None:
+        if cond is None:
+            return None
+        if not self.conditional:
+            raise ValueError(f"cond must be None: this {self.model_name} is not conditional")
+        if isinstance(cond, int):
+            return torch.full((n,), cond, device=self.device)
+        if not isinstance(cond, Tensor):
+            raise TypeError(f"cond must be a tensor or an int, got {type(cond).__name__}")
+        if cond.dim() == 0 or cond.shape[0] != n:
+            raise ValueError(f"cond must have one entry for each of the {n} samples, got shape {tuple(cond.shape)}")
+        return cond.to(self.device)
+
+    def _save_pretrained(self, save_directory: pathlib.Path) -> None:
+        config = {"model": self.model_name, "dtype": str(self.dtype).removeprefix("torch."), **self.config}
+        (save_directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        safetensors.torch.save_model(self, str(save_directory / WEIGHTS_FILE))
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  (the rest of the mixin's arguments pass through)
+        cls, *, model_id: str, config: dict[str, Any], **kwargs: Any
+    ) -> GenerativeModel:
+        """Called by ``from_pretrained`` of the mixin, with the contents of the config file."""
+        download = {name: kwargs[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        folder = pathlib.Path(model_id)
+        file = folder / WEIGHTS_FILE if folder.is_dir() else hf_hub_download(model_id, WEIGHTS_FILE, **download)
+        options = {name: value for name, value in config.items() if name not in ("model", "dtype")}
+        model = cls(**options).to(getattr(torch, config["dtype"]))
+        safetensors.torch.load_model(model, str(file))
+        return model.eval()
+
+
+def check_positive(name: str, value: int) -> int:
+    """``value`` if it is a positive int, else an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return value
