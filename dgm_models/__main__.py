@@ -114,10 +114,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         "bits_per_dim": float(bits.mean()),
         "bits_per_dim_standard_error": float(bits.std()) * error,
     }
-    print(
-        f"{name} of the {args.split} set ({len(x)} samples): {result['nats']:.2f} +- {result['nats_standard_error']:.2f} "
-        f"nats, {result['bits_per_dim']:.3f} +- {result['bits_per_dim_standard_error']:.3f} bits/dim"
+    values = (
+        "nats {nats:.2f} +- {nats_standard_error:.2f}, bits/dim {bits_per_dim:.3f} +- {bits_per_dim_standard_error:.3f}"
     )
+    print(f"{name}, {args.split} set, mean of {len(x)} samples: {values.format(**result)}")
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -193,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     listing = command("list", _list, "the names of the models")
     listing.add_argument("pattern", nargs="?", default="*", help='such as "*pixel*"')
     _add_train(command("train", _train, "train a model on the digits", set_help="an option of the model"))
-    _add_sample(command("sample", _sample, "draw samples and trajectories as pictures", set_help="an option of sample()"))
+    _add_sample(
+        command("sample", _sample, "draw samples and trajectories as pictures", set_help="an option of sample()")
+    )
     _add_evaluate(command("evaluate", _evaluate, "log-likelihood or its bound", set_help="an option of elbo()"))
     _add_profile(command("profile", _profile, "where the time goes", set_help="an option of the model"))
     return parser
@@ -214,7 +216,9 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="folder of a trained model")
     sub.add_argument("-n", type=int, default=64)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--first-sample", type=int, default=0, help="index of the first one; a process draws its own range")
+    sub.add_argument(
+        "--first-sample", type=int, default=0, help="index of the first one; a process draws its own range"
+    )
     sub.add_argument("--batch-size", type=int, help="how many at a time; changes nothing else")
     sub.add_argument("--sampler", help="default: that of the model")
     sub.add_argument("--steps", type=int, help="of the sampler")

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from dgm_kernels import NoiseKey
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
+
+from dgm_kernels import NoiseKey
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,7 +57,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         levels: number of grey levels of the data in [-1, 1], equally spaced; None for continuous data.
     """
 
-    model_name: ClassVar[str]
+    model_name: ClassVar[str] = "unregistered"
     sample_shape: tuple[int, ...]
     conditional: bool = False
     levels: int | None = None
@@ -139,10 +140,17 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         return torch.cat(parts)
 
     def trajectory(
-        self, n: int, seed: int = 0, cond: Tensor | int | None = None, *, frames: int = 10, **options: Any
+        self,
+        n: int,
+        seed: int = 0,
+        cond: Tensor | int | None = None,
+        first_sample: int = 0,
+        *,
+        frames: int = 10,
+        **options: Any,
     ) -> list[tuple[str, Tensor]]:
-        """At most ``frames`` labelled states on the way to a sample; a model that samples at once has only the sample."""
-        return [("sample", self.sample(n, seed, cond, **options))]
+        """At most ``frames`` labelled states on the way to samples; a model that samples at once has only the last."""
+        return [("sample", self.sample(n, seed, cond, first_sample, **options))]
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Exact log-density (continuous data) or log-probability (grey levels) in nats, ``[batch]``.
@@ -202,16 +210,36 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         safetensors.torch.save_model(self, str(save_directory / WEIGHTS_FILE))
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  (the rest of the mixin's arguments pass through)
-        cls, *, model_id: str, config: dict[str, Any], **kwargs: Any
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | pathlib.Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: dict[str, Any] | None = None,
+        **model_kwargs: Any,
     ) -> GenerativeModel:
-        """Called by ``from_pretrained`` of the mixin, with the contents of the config file."""
-        download = {name: kwargs[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        """Called by the mixin's ``from_pretrained``; ``model_kwargs`` are what ``config`` says for ``__init__``."""
+        if config is None:
+            raise ValueError(f"{model_id} must hold a saved model, but it has no {CONFIG_FILE}")
         folder = pathlib.Path(model_id)
-        file = folder / WEIGHTS_FILE if folder.is_dir() else hf_hub_download(model_id, WEIGHTS_FILE, **download)
-        options = {name: value for name, value in config.items() if name not in ("model", "dtype")}
-        model = cls(**options).to(getattr(torch, config["dtype"]))
-        safetensors.torch.load_model(model, str(file))
+        if folder.is_dir():
+            file = str(folder / WEIGHTS_FILE)
+        else:
+            file = hf_hub_download(
+                model_id,
+                WEIGHTS_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        model = cls(**model_kwargs).to(getattr(torch, config["dtype"]))
+        safetensors.torch.load_model(model, file)
         return model.eval()
 
 

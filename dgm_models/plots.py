@@ -45,8 +45,10 @@ def trajectory(frames: Sequence[tuple[str, Tensor]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]], path: Path, *, window: int = 50) -> None:
-    """Writes the training loss (every step, and its mean over ``window`` steps) and the validation loss (step, loss)."""
+def loss_curve(
+    losses: Sequence[float], validation: Sequence[tuple[int, float]], path: Path, *, window: int = 50
+) -> None:
+    """Plots the training loss, with its mean over ``window`` steps, and the validation loss, pairs (step, loss)."""
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.add_subplot()
     axes.plot(range(1, len(losses) + 1), losses, color="tab:blue", alpha=0.2, label="training, every step")

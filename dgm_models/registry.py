@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .model import CONFIG_FILE, GenerativeModel
 
@@ -67,7 +67,7 @@ def create_model(name: str, **config: Any) -> GenerativeModel:
     return cls(**config)
 
 
-def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> GenerativeModel:
+def from_pretrained(path: str | pathlib.Path, **kwargs: Any) -> GenerativeModel:
     """A model that ``save_pretrained`` wrote, in evaluation mode, on the CPU.
 
     Args:
@@ -80,6 +80,11 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> GenerativeMo
         if not file.exists():
             raise ValueError(f"path must hold a saved model, but there is no {CONFIG_FILE} in {folder}")
     else:
-        file = pathlib.Path(hf_hub_download(str(path), CONFIG_FILE, **kwargs))
+        try:
+            file = pathlib.Path(hf_hub_download(str(path), CONFIG_FILE, **kwargs))
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(
+                f"path must be a folder, or a repository of the Hub in reach, got {str(path)!r}"
+            ) from error
     name = json.loads(file.read_text()).get("model")
     return model_class(name).from_pretrained(path, **kwargs)

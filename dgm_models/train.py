@@ -8,14 +8,15 @@ import math
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
-from dgm_kernels import NoiseKey, noise_like
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from dgm_kernels import NoiseKey, noise_like
 
 from .data import Dataset, Split
 from .model import GenerativeModel, Stream, check_positive
@@ -82,7 +83,9 @@ class Trainer:
         out: folder for the checkpoint and the trained model; None writes nothing.
     """
 
-    def __init__(self, model: GenerativeModel, data: Dataset, settings: Settings, out: pathlib.Path | None = None) -> None:
+    def __init__(
+        self, model: GenerativeModel, data: Dataset, settings: Settings, out: pathlib.Path | None = None
+    ) -> None:
         self.model, self.settings, self.out = model, settings, out
         self.train_split = _on(data.train, model.device)
         self.validation_split = _on(data.validation, model.device)
@@ -96,7 +99,7 @@ class Trainer:
     @property
     def averaged_model(self) -> GenerativeModel:
         """The model with the averaged weights: the one to save and to sample from."""
-        return self.average.module
+        return cast(GenerativeModel, self.average.module)
 
     def run(self, until: int | None = None, *, minutes: float = math.inf, progress: bool = True) -> None:
         """Trains to step ``until`` (default: the last of the settings), or for so many minutes."""
@@ -174,7 +177,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, and the curves so far."""
         state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
         return {**state, "rng": rng, "step": self.step, "losses": self.losses, "validation": self.validation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -74,6 +74,45 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
   word[3] = c3;
 }
 
+// ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is a float or CPU vectors of them.
+
+// -2 ln(u) for u in (0, 1]: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), a minimax polynomial for ln(1 + f).
+template <class F>
+DGM_INLINE F minus_two_log(F u) {
+  const auto bits = bit_cast<I32>(u);
+  const auto offset = bits - 0x3F3504F3;
+  const auto e = to_float(offset >> 23);
+  const auto f = bit_cast<F32>(bits - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
+  auto p = f * 0.08700435608625412f - 0.14267486333847046f;
+  p = p * f + 0.14914767444133759f;
+  p = p * f - 0.1657758504152298f;
+  p = p * f + 0.19963063299655914f;
+  p = p * f - 0.2500133812427521f;
+  p = p * f + 0.3333390951156616f;
+  p = p * f - 0.5f;
+  p = p * (f * f) + f;
+  return e * -1.3862943611198906f - p * 2.0f;
+}
+
+// sin and cos of `quarters` quarter turns, 0 to 4: the nearest whole one and minimax polynomials for the rest.
+template <class F>
+DGM_INLINE void sincos_quarters(F quarters, F& sine, F& cosine) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  const auto shifted = quarters + kShift;
+  const auto r = quarters - (shifted - kShift);
+  const auto whole = bit_cast<U32>(shifted);
+  const auto z = r * r;
+  auto s = z * -0.00460165785625577f + 0.07968003302812576f;
+  auto c = z * -0.020417282357811928f + 0.2536032199859619f;
+  s = s * z - 0.6459634900093079f;
+  c = c * z - 1.2336976528167725f;
+  s = (s * z + 1.5707963705062866f) * r;
+  c = c * z + 1.0f;
+  const auto sine_sign = (whole & 2u) << 30, cosine_sign = ((whole + 1u) & 2u) << 30;
+  sine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, c, s)) ^ sine_sign);
+  cosine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, s, c)) ^ cosine_sign);
+}
+
 // A word as a number in (0, 1].
 template <class U>
 DGM_INLINE auto uniform(U word) {

@@ -24,20 +24,26 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = None
 
 
-@functools.cache
 def extension() -> ModuleType | None:
     """The compiled extension, or None."""
+    return _load_extension()[0]
+
+
+@functools.cache
+def _load_extension() -> tuple[ModuleType | None, str]:
+    """The extension, or None and the reason."""
+    record = pathlib.Path(__file__).parents[1] / "_build_info.json"
+    if not record.exists():
+        return None, "the extension was not built"
+    info = json.loads(record.read_text())
+    if not info["native"]:
+        return None, str(info["reason"])
+    if info["torch"] != torch.__version__:  # the C++ interface changes from version to version: loading could crash
+        return None, f"the extension was built for torch {info['torch']}, this is {torch.__version__}"
     try:
-        return importlib.import_module("dgm_kernels._C")
-    except ImportError:
-        return None
-
-
-def _why_no_extension() -> str:
-    info = pathlib.Path(__file__).parents[1] / "_build_info.json"
-    if info.exists():
-        return str(json.loads(info.read_text()).get("reason") or "the extension does not import")
-    return "the extension was not built"
+        return importlib.import_module("dgm_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the extension does not import ({error})"
 
 
 @functools.cache
@@ -45,10 +51,10 @@ def _why_unavailable(name: str) -> str | None:
     """Why a backend cannot be used in this process; None if it can."""
     module = extension()
     if name == "cpp":
-        return None if module else _why_no_extension()
+        return None if module else _load_extension()[1]
     if name == "cuda":
         if module is None:
-            return _why_no_extension()
+            return _load_extension()[1]
         if module.build_info()["cuda"] is None:
             return "the extension was built without CUDA"
         return None if torch.cuda.is_available() else "no CUDA device"
@@ -139,8 +145,13 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     return "reference"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile calls it and does not trace what it does
 def _best(device_type: str) -> str:
+    return _find_best(device_type)
+
+
+@functools.cache
+def _find_best(device_type: str) -> str:
     for name in _AUTO.get(device_type, ()):
         why = _why_unavailable(name)
         if why is None:
@@ -155,7 +166,7 @@ def _refusal(dtype: torch.dtype) -> str | None:
         return f"{dtype} is computed by the reference"
     if forward_ad._current_level >= 0:
         return "forward-mode AD runs on the reference"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms run on the reference"
     return None
 

@@ -34,7 +34,7 @@ def check_device(name: str, value: Tensor, x: Tensor, like: str) -> None:
 
 
 def check_index(name: str, value: object, x: Tensor, like: str, length: int, per_row: bool = False) -> None:
-    """``value`` indexes a table of ``length`` rows: an int in range, or an int64 tensor with one entry, or one a row."""
+    """``value`` indexes a table of ``length`` rows: an int in range, or an int64 tensor with one entry or one a row."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {value.dtype}")

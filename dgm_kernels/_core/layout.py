@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def memory_order(x: Tensor) -> tuple[int, ...] | None:
-    """The permutation that makes a dense tensor contiguous and leaves the batch first, or None."""
+    """The permutation that makes a dense tensor contiguous, or None."""
     stride = x.stride()
     order = tuple(sorted(range(x.dim()), key=lambda d: (-stride[d], d)))
-    return order if order[0] == 0 and x.permute(order).is_contiguous() else None
+    return order if x.permute(order).is_contiguous() else None
 
 
 def common_order(tensors: Sequence[Tensor | None]) -> tuple[int, ...] | None:
-    """One permutation that makes all the tensors contiguous without moving memory, or None."""
+    """One permutation that makes all the tensors contiguous, batch first, without moving memory; or None."""
     first = next(t for t in tensors if t is not None)
     order = memory_order(first)
-    if order is None or any(t is not None and t.stride() != first.stride() for t in tensors):
+    if order is None or order[0] != 0 or any(t is not None and t.stride() != first.stride() for t in tensors):
         return None
     return order
 

@@ -26,8 +26,8 @@ class NoiseKey:
     """Names a block of noise; the same key gives the same numbers on every device and in every batch.
 
     The noise of element ``e`` of sample ``s`` is Philox4x32-10 of the counter ``(e // 4, step, s mod 2^32,
-    stream << 24 | s >> 32)`` under the 64-bit key ``seed``, word ``e % 4``. It depends on nothing else: not on the batch
-    size, the place in the batch, the number of processes or threads, or the strides of the tensor.
+    stream << 24 | s >> 32)`` under the 64-bit key ``seed``, word ``e % 4``. It depends on nothing else: not on the
+    batch size, the place in the batch, the number of processes or threads, or the strides of the tensor.
 
     Args:
         seed: 0 to 2**64 - 1, or an int64 tensor with one element (read on the device, so that a CUDA graph can replay
@@ -57,17 +57,19 @@ class NoiseKey:
             if isinstance(value, Tensor):
                 _check_integers(name, value)
             elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(f"{name} must be an int{'' if name == 'stream' else ' or an int64 tensor'}, got {value!r}")
+                raise TypeError(
+                    f"{name} must be an int{'' if name == 'stream' else ' or an int64 tensor'}, got {value!r}"
+                )
             elif not 0 <= value < limit:
                 raise ValueError(f"{name} must be in [0, 2**{limit.bit_length() - 1}), got {value}")
         if self.samples is not None:
             _check_integers("samples", self.samples)
 
     @classmethod
-    def draw(cls, generator: torch.Generator | None = None, device: torch.device | str = "cpu", **fields: int) -> NoiseKey:
-        """A key with a fresh seed from PyTorch's generator (``torch.manual_seed`` governs it); never waits for the device."""
+    def draw(cls, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> NoiseKey:
+        """A key with a fresh seed from PyTorch's generator (``torch.manual_seed`` governs it); never a host sync."""
         seed = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
-        return cls(seed, **fields)
+        return cls(seed)
 
     def at(self, step: int | Tensor) -> NoiseKey:
         """The same key at another step."""
@@ -76,7 +78,9 @@ class NoiseKey:
     def op_args(self) -> OpArgs:
         """The key as the arguments of an op."""
         seed, step = self.seed, self.step
-        seed_tensor, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed if seed < 1 << 63 else seed - (1 << 64))
+        seed_tensor, seed = (
+            (seed, 0) if isinstance(seed, Tensor) else (None, seed if seed < 1 << 63 else seed - (1 << 64))
+        )
         step_tensor, step = (step, 0) if isinstance(step, Tensor) else (None, step)
         return None, seed_tensor, seed, step_tensor, step, self.samples, self.first_sample, self.stream
 

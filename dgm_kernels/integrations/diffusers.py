@@ -25,6 +25,7 @@ try:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler, EulerDiscreteSchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (from_pretrained looks for it here)
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
     raise ImportError(
@@ -178,7 +179,7 @@ class _VariancePreserving(_Fused):
             or timesteps.numel() not in (1, batch)
         ):
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
-        t = timesteps.to(device=original_samples.device, dtype=torch.int64).flatten().expand(batch)
+        t = timesteps.to(device=original_samples.device, dtype=torch.int64).flatten().expand(batch).contiguous()
         table = self._kept("_forward", _stamp(self.alphas_cumprod), self._forward_table)
         return add_noise(original_samples, table, t, noise)
 
@@ -275,7 +276,9 @@ class FastDDPMScheduler(_VariancePreserving, DDPMScheduler):
         learned = learned.float()
         if self.variance_type == "learned":
             return learned**0.5
-        scale, shift = steps.log_std_on(learned.device)[row].unbind()
+        log_std = steps.log_std_on(learned.device)
+        # log_std[row] would read a tensor without dimensions on the host
+        scale, shift = log_std.index_select(0, row.reshape(1))[0] if isinstance(row, Tensor) else log_std[row]
         return torch.exp(learned * scale + shift)
 
     def _steps(self) -> _AncestralSteps | None:
@@ -324,6 +327,8 @@ class FastDDPMScheduler(_VariancePreserving, DDPMScheduler):
         kind = self.variance_type
         if kind not in deviations or kind != self.config.variance_type:
             raise _NotAffine(f"variance_type is {kind!r}, in the configuration {self.config.variance_type!r}")
+        if not bool((beta > 0).all()):
+            raise _NotAffine("beta is 0 in float32")
         low, high = torch.log(variance), torch.log(beta)
         columns = {
             "ax": alpha**0.5 * noise_before / noise_now,

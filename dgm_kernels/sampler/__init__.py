@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch.autograd import forward_ad
 
 from .._core import layout, ops
 from .._core.backends import select
-from .._core.checks import check_batch, check_device, check_index, check_like
-from .._core.noise import NO_NOISE, NoiseKey, OpArgs
+from .._core.checks import check_batch, check_index, check_like
+from .._core.noise import NO_NOISE, NoiseKey
 from . import op, reference, tables
+from .checks import check_guidance, check_history, check_known, check_out, check_training, noise_args
 from .schedule import Schedule
 from .table import SamplerTable, TrainingTable
 
@@ -55,7 +55,7 @@ def noise_like(x: Tensor, key: NoiseKey, *, distribution: str = "normal") -> Ten
         raise ValueError(f"distribution must be one of {', '.join(map(repr, _KINDS))}, got {distribution!r}")
     if not isinstance(key, NoiseKey):
         raise TypeError(f"key must be a NoiseKey, got {type(key).__name__}")
-    args = _noise_args(key, x)
+    args = noise_args(key, x)
     backend = select(x.device, x.dtype)
     if backend == "reference":
         return reference.noise_like(x, args, _KINDS[distribution])
@@ -109,34 +109,30 @@ def sampler_step(
     if not isinstance(table, SamplerTable):
         raise TypeError(f"table must be a SamplerTable (see dgm_kernels.tables), got {type(table).__name__}")
     check_index("step", step, x, "x", len(table))
-    unconditional, scale = _check_guidance(guidance, x)
-    _check_history(history, table, step, x)
-    known, mask = _check_known(known, mask, x)
-    args = _noise_args(noise, x) if table.stochastic or known is not None else NO_NOISE
-    tensors = [x, model_output, args[0], history, unconditional, known, mask]
-    backend = select(x.device, x.dtype)
-    grad = _needs_grad(*tensors)
+    unconditional, scale = check_guidance(guidance, x)
+    check_history(history, table, step, x)
+    known, mask = check_known(known, mask, x)
+    args = noise_args(noise, x) if table.stochastic or known is not None else NO_NOISE
+    given: list[Any] = [x, model_output, args[0], history, unconditional, known, mask]
+    grad = _needs_grad(*given)
     if out is not None:
-        _check_out(out, x, return_x0, grad)
-    order, tensors = _dense(tensors, args[-1] >= 0)
-    x_, model_output, given, history, unconditional, known, mask = tensors
-    args = (given, *args[1:])
-    threshold = _threshold(table, x_, model_output, step, unconditional, scale)
+        check_out(out, x, return_x0, grad)
+    backend = "reference" if mask is not None and mask.requires_grad else select(x.device, x.dtype)
+    order, (state, m, drawn, history, unconditional, known, mask) = _dense(given, args[-1] >= 0)
+    args = (drawn, *args[1:])
+    threshold = _threshold(table, state, m, step, unconditional, scale)
+    rows = _rows(table, x)
     if backend == "reference":
         result = reference.sampler_step(
-            x_, model_output, _rows(table, x), step, args, history, unconditional, scale, known, mask, threshold
+            state, m, rows, step, args, history, unconditional, scale, known, mask, threshold
         )
         return _finish(result if return_x0 else result[0], x, order, out)
-    step_tensor, step = (step, 0) if isinstance(step, Tensor) else (None, step)
-    inputs = (x_, model_output, table.rows_on(x.device), step_tensor, step, *args, history, unconditional, scale)
-    inputs = (*inputs, known, mask, threshold, table.clips)
+    index = (step, 0) if isinstance(step, Tensor) else (None, step)
+    inputs = (state, m, rows, *index, *args, history, unconditional, scale, known, mask, threshold, table.clips)
     if out is not None and order is None and _all_contiguous(out):
-        new, x0 = out if isinstance(out, tuple) else (out, None)
-        ops.call(op.sampler_step_out[backend], False, *inputs, new, x0)
+        ops.call(op.sampler_step_out[backend], False, *inputs, *(out if return_x0 else (out, None)))
         return out
     result = ops.call(op.sampler_step[backend], grad, *inputs, return_x0)
-    if order is None and out is None:
-        return result if return_x0 else result[0]
     return _finish(result if return_x0 else result[0], x, order, out)
 
 
@@ -157,10 +153,10 @@ def add_noise(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Ten
 
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 4.
     """
-    args = _check_training(x0, table, t, noise)
+    args = check_training(x0, table, t, noise)
     grad = _needs_grad(x0, args[0])
-    order, (x, given) = _dense([x0, args[0]], args[-1] >= 0)
-    args = (given, *args[1:])
+    order, (x, drawn) = _dense([x0, args[0]], args[-1] >= 0)
+    args = (drawn, *args[1:])
     backend = select(x0.device, x0.dtype)
     if backend == "reference":
         result = reference.add_noise(x, _rows(table, x0), t, args)
@@ -187,7 +183,7 @@ def denoising_loss(
     Args:
         model_output: like ``x0``.
         x0: ``[batch, ...]`` clean samples.
-        table: from ``tables.training``; its ``prediction`` says what the target is, and it holds a weight for every time.
+        table: from ``tables.training``; its ``prediction`` names the target, and it holds a weight for every time.
         t: int64 ``[batch]``.
         noise: the key or the tensor that made ``x_t``.
         weight: ``[batch]``, multiplies the table's.
@@ -201,15 +197,15 @@ def denoising_loss(
 
     Source: Ho et al., 2020, equation 14; v: Salimans and Ho, 2022; score: Vincent, 2011.
     """
-    args = _check_training(x0, table, t, noise)
+    args = check_training(x0, table, t, noise)
     check_like("model_output", model_output, x0, "x0")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if weight is not None and (not isinstance(weight, Tensor) or weight.shape != x0.shape[:1]):
-        raise ValueError(f"weight must be a tensor of shape {tuple(x0.shape[:1])}, got {getattr(weight, 'shape', weight)}")
+    if weight is not None:
+        check_like("weight", weight, t, "t")
     grad = _needs_grad(model_output, x0, args[0])
-    _, (m, x, given) = _dense([model_output, x0, args[0]], args[-1] >= 0)
-    args = (given, *args[1:])
+    _, (m, x, drawn) = _dense([model_output, x0, args[0]], args[-1] >= 0)
+    args = (drawn, *args[1:])
     backend = select(x0.device, torch.promote_types(x0.dtype, model_output.dtype))
     if backend == "reference":
         loss, _ = reference.denoising_loss(m, x, _rows(table, x0), t, args)
@@ -252,90 +248,12 @@ def sample(
         seen = x if scales[step] == 1.0 else x * scales[step]
         m = denoiser(seen, times[step].expand(x.shape[0]))
         history = previous if table.needs_history[step] else None
-        new, x0 = sampler_step(
-            x, m, table, step, noise=noise, history=history, known=known, mask=mask, return_x0=True
-        )
+        new, x0 = sampler_step(x, m, table, step, noise=noise, history=history, known=known, mask=mask, return_x0=True)
         previous = x0 if table.history == "x0" else x
         x = new
         if callback is not None:
             callback(step, x)
     return x
-
-
-def _noise_args(noise: NoiseKey | Tensor | None, x: Tensor, name: str = "noise") -> OpArgs:
-    if isinstance(noise, Tensor):
-        check_like(name, noise, x, "x")
-        return (noise, *NO_NOISE[1:])
-    if noise is None:
-        noise = NoiseKey.draw(device=x.device)
-    elif not isinstance(noise, NoiseKey):
-        raise TypeError(f"{name} must be a NoiseKey or a tensor, got {type(noise).__name__}")
-    for field in ("seed", "step", "samples"):
-        value = getattr(noise, field)
-        if isinstance(value, Tensor):
-            check_device(f"{name}.{field}", value, x, "x")
-            if value.numel() != 1 and value.shape[0] != x.shape[0]:
-                raise ValueError(f"{name}.{field} must have {x.shape[0]} entries, got {value.shape[0]}")
-    return noise.op_args()
-
-
-def _check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Tensor | None, float]:
-    if guidance is None:
-        return None, 1.0
-    if not isinstance(guidance, tuple) or len(guidance) != 2:
-        raise TypeError("guidance must be a pair (unconditional model output, scale)")
-    check_like("guidance[0]", guidance[0], x, "x")
-    if not isinstance(guidance[1], (int, float, torch.SymFloat)):
-        raise TypeError(f"guidance[1], the scale, must be a number, got {type(guidance[1]).__name__}")
-    return guidance[0], float(guidance[1])
-
-
-def _check_history(history: Tensor | None, table: SamplerTable, step: int | Tensor, x: Tensor) -> None:
-    if history is not None:
-        check_like("history", history, x, "x")
-    elif table.history is not None and (isinstance(step, Tensor) or table.needs_history[step]):
-        what = "state that the step before started from" if table.history == "x" else "x0 that the step before predicted"
-        raise ValueError(f"history must be given for step {step} of table {table.name!r}: the {what}")
-
-
-def _check_known(known: Tensor | None, mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if known is None and mask is None:
-        return None, None
-    if known is None or mask is None:
-        raise ValueError("known and mask go together, got only one of them")
-    return _expanded("known", known, x), _expanded("mask", mask, x)
-
-
-def _expanded(name: str, value: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    check_device(name, value, x, "x")
-    try:
-        return value.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(f"{name} must broadcast to the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}") from None
-
-
-def _check_out(out: Any, x: Tensor, return_x0: bool, grad: bool) -> None:
-    if grad:
-        raise ValueError("out does not support gradients: an input requires them")
-    pair = out if isinstance(out, tuple) else (out,)
-    if len(pair) != 1 + return_x0:
-        raise ValueError(f"out must be {'a pair of tensors' if return_x0 else 'a tensor'}")
-    for tensor in pair:
-        check_like("out", tensor, x, "x")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"out must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-
-
-def _check_training(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> OpArgs:
-    check_batch("x0", x0)
-    if not isinstance(table, TrainingTable):
-        raise TypeError(f"table must be a TrainingTable (see tables.training), got {type(table).__name__}")
-    check_index("t", t, x0, "x0", len(table), per_row=True)
-    if noise is None:
-        raise TypeError("noise must be a NoiseKey or a tensor, got None: the loss has to draw the same noise again")
-    return _noise_args(noise, x0)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -352,8 +270,8 @@ def _all_contiguous(tensors: Tensor | tuple[Tensor, ...]) -> bool:
     return all(t.is_contiguous() for t in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
-def _dense(tensors: list[Tensor | None], drawn: bool) -> tuple[tuple[int, ...] | None, list[Tensor | None]]:
-    """The tensors in the form of the kernels, and the permutation that did it (None if the order is row-major).
+def _dense(tensors: list[Any], drawn: bool) -> tuple[tuple[int, ...] | None, list[Any]]:
+    """The tensors in the form of the kernels, and the permutation that did it (None if they were row-major).
 
     Noise that is drawn follows the row-major order, so only calls without it may use another common memory order.
     """
@@ -362,11 +280,13 @@ def _dense(tensors: list[Tensor | None], drawn: bool) -> tuple[tuple[int, ...] |
     order = None if drawn else layout.common_order(tensors)
     if order is not None:
         return order, [None if t is None else t.permute(order) for t in tensors]
-    return tuple(range(tensors[0].dim())), [None if t is None else t.contiguous() for t in tensors]  # type: ignore[union-attr]
+    return tuple(range(tensors[0].dim())), [None if t is None else t.contiguous() for t in tensors]
 
 
 def _finish(result: Any, x: Tensor, order: tuple[int, ...] | None, out: Any) -> Any:
     """Puts results back into the memory format of ``x``, and into ``out``."""
+    if order is None and out is None:
+        return result
     if isinstance(result, tuple):
         return tuple(_finish(r, x, order, None if out is None else out[i]) for i, r in enumerate(result))
     if order is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._core import ops
 from .._core.noise import SCHEMA as _NOISE
-from .reference import per_sample
+from .reference import per_row, per_sample
 
 _TRITON = "dgm_kernels.sampler.triton"
 _STEP_INPUTS = (
@@ -28,7 +28,23 @@ def _fake_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (x, m, rows, step_tensor, step, noise, *_, history, unconditional, scale, known, mask, threshold, clips, with_x0) = inputs
+    (
+        x,
+        m,
+        rows,
+        step_tensor,
+        step,
+        noise,
+        *_,
+        history,
+        unconditional,
+        scale,
+        known,
+        mask,
+        threshold,
+        clips,
+        with_x0,
+    ) = inputs
     bounded = (x, m, unconditional, threshold) if clips or threshold is not None else (None,) * 4
     ctx.save_for_backward(rows, step_tensor, mask, *bounded)
     ctx.step, ctx.scale, ctx.with_x0, ctx.shape = step, scale, with_x0, x.shape
@@ -54,7 +70,7 @@ def _step_backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Any, ...]:
         inside = (raw >= lo) & (raw <= hi) if s is None else raw.abs() <= s
         g_x0 = g_x0 * inside
         if s is not None:
-            g_threshold = -(g_x0 * raw).flatten(1).sum(1) / threshold**2
+            g_threshold = -per_row(g_x0 * raw).sum(1) / threshold**2
             g_x0 = g_x0 / s
     g_m = am * g + pm * g_x0
     scale = ctx.scale
@@ -125,7 +141,7 @@ add_noise = ops.define(
 
 
 def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    model_output, x0, rows, t, noise, *_ = inputs
+    _, x0, rows, t, noise, *_ = inputs
     ctx.save_for_backward(output[1], rows, t)
     ctx.set_materialize_grads(False)
     ctx.dtypes = x0.dtype, None if noise is None else noise.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ _KINDS = ("normal", "uniform", "bits")
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """``[batch]`` or a scalar, shaped to multiply ``like``."""
     return values if values.dim() == 0 else values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def per_row(x: Tensor) -> Tensor:
+    """``[batch, elements]``."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -63,7 +70,7 @@ def sampler_step(
     mask: Tensor | None = None,
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x' = ax x + a0 x0 + am m + ah history + an noise`` with ``x0 = clip(px x + pm m, lo, hi)``; returns (x', x0)."""
+    """``x0 = clip(px x + pm m, lo, hi)``, ``x' = ax x + a0 x0 + am m + ah history + an noise``; returns (x', x0)."""
     row = _row(rows, step, x)
     _, _, lo, hi, ax, a0, am, ah, an, ak, sk, _ = row
     m, x0 = _predict(x, model_output, row, unconditional, guidance_scale)
@@ -94,14 +101,16 @@ def dynamic_threshold(
     quantile: float,
     largest: float,
 ) -> Tensor:
-    """``clamp(quantile of |x0| within each sample, 1, largest)``, shape ``[batch]``; the quantile interpolates linearly."""
+    """``clamp(quantile of |x0| within a sample, 1, largest)``, ``[batch]``; the quantile interpolates linearly."""
     _, x0 = _predict(x, model_output, _row(rows, step, x), unconditional, guidance_scale)
-    size = x0.flatten(1).abs()
+    size = per_row(x0).abs()
     place = quantile * (size.shape[1] - 1)
-    below = int(place)
+    below = math.floor(place)
     top = size.topk(size.shape[1] - below, dim=1).values  # the numbers from rank `below` up, largest first
-    low, high = top[:, -1], top[:, max(len(top[0]) - 2, 0)]
-    return torch.lerp(low, high, place - below).clamp(1.0, largest)
+    low = top[:, -1]
+    high = low if quantile == 1 or size.shape[1] == 1 else top[:, -2]
+    share = torch.full_like(low, place - below)  # a tensor: torch.compile would compile anew for every number
+    return torch.lerp(low, high, share).clamp(1.0, largest)
 
 
 def add_noise(x0: Tensor, rows: Tensor, t: Tensor, args: OpArgs) -> Tensor:
@@ -114,5 +123,5 @@ def denoising_loss(model_output: Tensor, x0: Tensor, rows: Tensor, t: Tensor, ar
     """``weight[t] mean((m - target)^2)`` of every sample, ``[batch]``, and the residual ``m - target``."""
     cx, cn = (per_sample(rows[t, i], x0) for i in (2, 3))
     residual = _compute(model_output) - (cx * _compute(x0) + cn * _given_or_drawn(x0, args))
-    mean = residual.flatten(1).square().mean(1)
+    mean = per_row(residual).square().mean(1)
     return rows[t, 4] * mean, residual.to(model_output.dtype)

@@ -36,7 +36,7 @@ def _why_not(beta: float) -> str:
 class Schedule:
     """The forward process ``x_t = alpha_t x_0 + sigma_t eps``, tabulated in float64 over the training times.
 
-    Build one with a class method: ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` (variance preserving, DDPM),
+    Build one with a class method: ``linear``, ``scaled_linear``, ``cosine``, ``from_betas`` (variance preserving),
     ``karras``, ``geometric``, ``from_sigmas`` (variance exploding, EDM and NCSN), ``flow`` (flow matching).
 
     Attributes:
@@ -111,7 +111,12 @@ class Schedule:
     def from_sigmas(cls, sigmas: Sequence[float] | Tensor) -> Schedule:
         """A variance exploding schedule, ``x_t = x_0 + sigma_t eps``, from rising positive sigmas."""
         values = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
-        if values.dim() != 1 or values.numel() == 0 or not bool((values > 0).all()) or not bool((values.diff() > 0).all()):
+        if (
+            values.dim() != 1
+            or values.numel() == 0
+            or not bool((values > 0).all())
+            or not bool((values.diff() > 0).all())
+        ):
             raise ValueError("sigmas must be a non-empty rising sequence of positive numbers")
         if not bool(values.isfinite().all()):
             raise ValueError("sigmas must be finite")

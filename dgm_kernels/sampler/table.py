@@ -24,20 +24,27 @@ class _Table:
     times: Tensor
     _on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self._on_device[torch.device("cpu")] = self.rows64.to(torch.float32)
+
     def __len__(self) -> int:
         return self.rows64.shape[0]
 
     @property
     def rows(self) -> Tensor:
         """The rows in float32 on the CPU."""
-        return self.rows_on(torch.device("cpu"))
+        return self._on_device[torch.device("cpu")]
 
     def rows_on(self, device: torch.device) -> Tensor:
-        """The rows in float32 on a device; copied there once."""
+        """The rows in float32 on a device; copied there once.
+
+        Call it before a CUDA graph is captured or a step is compiled, so that the copy is not part of the graph.
+        """
         rows = self._on_device.get(device)
         if rows is None:
-            rows = self.rows64.to(device=device, dtype=torch.float32)
-            self._on_device[device] = rows
+            rows = self.rows.to(device)
+            if not torch.compiler.is_compiling():
+                self._on_device[device] = rows
         return rows
 
 
@@ -66,6 +73,7 @@ class SamplerTable(_Table):
     needs_history: tuple[bool, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         column = {name: self.rows64[:, i] for i, name in enumerate(SAMPLER_COLUMNS)}
         object.__setattr__(self, "stochastic", bool((column["an"] != 0).any()))
         object.__setattr__(self, "clips", bool((column["lo"].isfinite() | column["hi"].isfinite()).any()))

@@ -1,6 +1,6 @@
 """Every sampler of the field as a table of affine steps, worked out in float64 on the host.
 
-Notation: the state is ``x = alpha x0 + sigma eps`` at a node of the trajectory and ``alpha', sigma'`` stand for the next
+Notation: the state is ``x = alpha x0 + sigma eps`` at a node of the trajectory; ``alpha', sigma'`` belong to the next
 node. A model's output ``m`` becomes ``x0 = px x + pm m`` and ``eps = ex x + em m``.
 """
 
@@ -63,7 +63,7 @@ class _Nodes:
 
 
 def clean_and_noise_maps(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``px, pm, ex, em`` with ``x0 = px x + pm m`` and ``eps = ex x + em m`` for a model that predicts ``prediction``."""
+    """``px, pm, ex, em`` such that ``x0 = px x + pm m`` and ``eps = ex x + em m`` for what the model predicts."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     size2 = alpha**2 + sigma**2
     if prediction == "eps":
@@ -113,7 +113,9 @@ def _nodes(schedule: Schedule, steps: int | None, prediction: str, spacing: str 
     """The chosen entries of the schedule, then where the trajectory ends: the clean sample or the first entry."""
     _check_prediction(prediction, schedule)
     if final not in ("one", "first"):
-        raise ValueError(f"final must be 'one' (the clean sample) or 'first' (the schedule's first entry), got {final!r}")
+        raise ValueError(
+            f"final must be 'one' (the clean sample) or 'first' (the schedule's first entry), got {final!r}"
+        )
     spacing = spacing or {"vp": "leading", "ve": "linspace", "flow": "trailing"}[schedule.kind]
     index = timesteps(len(schedule), steps, spacing)
     index = torch.cat([index, index.new_zeros(1)])
@@ -152,7 +154,8 @@ def _check_threshold(value: float | tuple[float, float] | None) -> tuple[float, 
     quantile, largest = value if isinstance(value, tuple) else (value, 1.0)
     if not 0 < quantile <= 1 or not largest >= 1:
         raise ValueError(
-            f"dynamic_threshold must be a quantile in (0, 1] or a pair (quantile, largest) with largest >= 1, got {value!r}"
+            "dynamic_threshold must be a quantile in (0, 1] or a pair (quantile, largest) with largest >= 1, "
+            f"got {value!r}"
         )
     return quantile, largest
 
@@ -186,8 +189,8 @@ def ddpm(
 ) -> SamplerTable:
     """Ancestral sampling (Ho et al., "Denoising Diffusion Probabilistic Models", 2020).
 
-    ``x' = sqrt(a)(1 - abar')/(1 - abar) x + sqrt(abar') b/(1 - abar) x0 + sqrt(variance) noise`` with ``a = abar/abar'``,
-    ``b = 1 - a``; the last step adds no noise.
+    ``x' = sqrt(a)(1 - abar')/(1 - abar) x + sqrt(abar') b/(1 - abar) x0 + sqrt(variance) noise``, where
+    ``a = abar/abar'``, ``b = 1 - a``; the last step adds no noise.
 
     Args:
         schedule: a variance preserving schedule.
@@ -244,7 +247,12 @@ def ddim(
 
 
 def euler(
-    schedule: Schedule, steps: int | None = None, *, prediction: str = "eps", clip: Clip = None, spacing: str | None = None
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "eps",
+    clip: Clip = None,
+    spacing: str | None = None,
 ) -> SamplerTable:
     """Euler steps of ``dx/dsigma = (x - x0)/sigma`` on the unscaled state (Karras et al., 2022, Algorithm 1).
 
@@ -267,7 +275,8 @@ def euler_ancestral(
 ) -> SamplerTable:
     """Euler to ``sigma_down``, then noise of ``sigma_up`` (k-diffusion's ``sample_euler_ancestral``); unscaled state.
 
-    ``sigma_up = min(sigma', eta sqrt(sigma'^2 (sigma^2 - sigma'^2) / sigma^2))``, ``sigma_down^2 = sigma'^2 - sigma_up^2``.
+    ``sigma_up = min(sigma', eta sqrt(sigma'^2 (sigma^2 - sigma'^2) / sigma^2))``,
+    ``sigma_down^2 = sigma'^2 - sigma_up^2``.
     """
     _check_kind("euler_ancestral", schedule, "vp", "ve")
     if not eta >= 0:
@@ -287,7 +296,12 @@ def _alternate(first: Tensor, second: Tensor, repeats: int = 1) -> Tensor:
 
 
 def heun(
-    schedule: Schedule, steps: int | None = None, *, prediction: str = "eps", clip: Clip = None, spacing: str | None = None
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "eps",
+    clip: Clip = None,
+    spacing: str | None = None,
 ) -> SamplerTable:
     """Second-order steps on the unscaled state (Karras et al., 2022, Algorithm 1 without churn).
 
@@ -351,11 +365,17 @@ def _reverse_columns(nodes: _Nodes, score_share: float) -> tuple[Tensor, Tensor,
 
 
 def reverse_sde(
-    schedule: Schedule, steps: int | None = None, *, prediction: str = "eps", clip: Clip = None, spacing: str | None = None
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "eps",
+    clip: Clip = None,
+    spacing: str | None = None,
 ) -> SamplerTable:
-    """Reverse diffusion sampling of the VP or VE SDE (Song et al., "Score-based generative modeling through SDEs", 2021).
+    """Reverse diffusion of the VP or VE SDE (Song et al., "Score-based generative modeling through SDEs", 2021).
 
-    VP: ``x' = (2 - sqrt(1 - b)) x + b score + sqrt(b) noise``; VE: ``x' = x + (sigma^2 - sigma'^2) score + ... noise``.
+    VP: ``x' = (2 - sqrt(1 - b)) x + b score + sqrt(b) noise``;
+    VE: ``x' = x + g score + sqrt(g) noise`` with ``g = sigma^2 - sigma'^2``.
     The last step adds no noise.
     """
     _check_kind("reverse_sde", schedule, "vp", "ve")
@@ -366,7 +386,12 @@ def reverse_sde(
 
 
 def probability_flow(
-    schedule: Schedule, steps: int | None = None, *, prediction: str = "eps", clip: Clip = None, spacing: str | None = None
+    schedule: Schedule,
+    steps: int | None = None,
+    *,
+    prediction: str = "eps",
+    clip: Clip = None,
+    spacing: str | None = None,
 ) -> SamplerTable:
     """The deterministic process with the SDE's marginals: :func:`reverse_sde` with half the score and no noise."""
     _check_kind("probability_flow", schedule, "vp", "ve")
@@ -394,8 +419,8 @@ def annealed_langevin(
 ) -> SamplerTable:
     """Langevin dynamics at every noise level, loudest first (Song and Ermon, NCSN, 2019, Algorithm 1).
 
-    ``x' = x + a/2 score + sqrt(a) noise`` with ``a = step_size sigma^2 / sigma_min^2``. ``denoise`` adds a last row that
-    returns x0.
+    ``x' = x + a/2 score + sqrt(a) noise`` with ``a = step_size sigma^2 / sigma_min^2``. ``denoise`` adds a last row
+    that returns x0.
 
     Args:
         schedule: a variance exploding schedule; its entries are the levels.
@@ -473,7 +498,10 @@ def flow_midpoint(schedule: Schedule, steps: int | None = None) -> SamplerTable:
     middle = nodes.here("alpha") + dt / 2
     first = pack_rows(len(dt), px=nodes.here("px"), pm=nodes.here("pm"), ax=1.0, am=dt / 2, ak=middle, sk=1 - middle)
     second = pack_rows(len(dt), px=1.0, pm=1 - middle, ah=1.0, am=dt, ak=nodes.next("alpha"), sk=nodes.next("sigma"))
-    fields = {"times": _alternate(nodes.here("times"), middle), "input_scale": torch.ones(2 * len(dt), dtype=torch.float64)}
+    fields = {
+        "times": _alternate(nodes.here("times"), middle),
+        "input_scale": torch.ones(2 * len(dt), dtype=torch.float64),
+    }
     return _table("flow_midpoint", "velocity", nodes, _alternate(first, second), history="x", **fields)
 
 
@@ -511,7 +539,9 @@ def _weights(weighting: str | Tensor | None, schedule: Schedule, prediction: str
     if isinstance(weighting, Tensor):
         values = weighting.detach().to(device="cpu", dtype=torch.float64)
         if values.shape != schedule.alpha_t.shape or not bool((values >= 0).all()):
-            raise ValueError(f"weighting must hold {len(schedule)} non-negative numbers, got shape {tuple(values.shape)}")
+            raise ValueError(
+                f"weighting must hold {len(schedule)} non-negative numbers, got shape {tuple(values.shape)}"
+            )
         return values
     if weighting == "sigma_squared":
         return schedule.sigma_t**2

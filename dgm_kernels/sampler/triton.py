@@ -336,7 +336,7 @@ def _launch(
     programs, sizes, tile = _grid(like.shape[0], like.numel() // like.shape[0])
     args = (*tensors, *numbers, *sizes, constant, *tile)
     forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    which = (kernel, like.device, constant, tile, *forms)
+    which = (id(kernel), like.device, constant, tile, *forms)
     with _on(like.device):
         compiled = _compiled.get(which)
         if compiled is not None:
@@ -374,7 +374,13 @@ def sampler_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def sampler_step_out(
-    x: Tensor, model_output: Tensor, rows: Tensor, step_tensor: Tensor | None, step: int, noise: Tensor | None, *args: Any
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step_tensor: Tensor | None,
+    step: int,
+    noise: Tensor | None,
+    *args: Any,
 ) -> None:
     """``dgm::sampler_step_out.triton``: the step into given tensors, ``out`` and perhaps ``x0_out``."""
     *key_args, history, unconditional, guidance_scale, known, mask, threshold, _, out, x0_out = args

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import dgm_kernels
 import torch
-from dgm_kernels import NoiseKey, SamplerTable, Schedule, add_noise, denoising_loss, noise_like, tables
 from torch import Tensor, nn
+
+import dgm_kernels
+from dgm_kernels import NoiseKey, SamplerTable, Schedule, add_noise, denoising_loss, noise_like, tables
 
 from ..model import DensityUnavailable, GenerativeModel, Stream, check_positive
 from ..registry import register_model
@@ -49,7 +51,8 @@ class DDPM(GenerativeModel):
         schedule: ``"linear"`` (betas as for T = 1000, times 1000 / T), ``"cosine"``, ``"scaled_linear"``, or the betas.
         prediction: what the network predicts: ``"eps"``, ``"x0"`` or ``"v"``.
         num_classes: classes to condition on; None for none.
-        cond_dropout: share of training samples whose class is hidden, for classifier-free guidance (Ho and Salimans, 2022).
+        cond_dropout: share of training samples whose class is hidden, for classifier-free guidance (Ho and Salimans,
+            2022).
         clip: bound on the predicted clean sample; None for unbounded data.
         levels: grey levels of the data in [-1, 1], equally spaced, for the ELBO; None for continuous data.
     """
@@ -88,12 +91,13 @@ class DDPM(GenerativeModel):
         """``denoising``: the mean squared error of the prediction at a random time (equation 14 of the paper)."""
         self._check_batch(x)
         key = NoiseKey.draw(device=x.device) if key is None else key
-        label = self._labels(cond, x)
         t = _random_times(x, len(self.schedule), key)
+        label = self._labels(cond, x)
         if label is not None:
-            label = label.where(_uniform(x, key, Stream.DROPPED_LABELS) > self.cond_dropout, self.num_classes)
+            hidden = _uniform(x, key, Stream.DROPPED_LABELS) <= self.cond_dropout
+            label = label.masked_fill(hidden, self.num_classes or 0)
         noisy = add_noise(x, self.training_table, t, key)
-        output = self.denoiser(noisy, self._times(t, x), label)
+        output = self.denoiser(noisy, t.to(x.dtype), label)
         return {"denoising": denoising_loss(output, x, self.training_table, t, key)}
 
     def denoise(self, x: Tensor, time: Tensor, cond: Tensor | None = None, guidance: float = 1.0) -> Tensor:
@@ -110,7 +114,9 @@ class DDPM(GenerativeModel):
             return output
         return torch.lerp(self.denoiser(x, time.to(x.dtype), self._labels(None, x)), output, guidance)
 
-    def sampler_table(self, sampler: str | SamplerTable = "ddpm", steps: int | None = None, **options: Any) -> SamplerTable:
+    def sampler_table(
+        self, sampler: str | SamplerTable = "ddpm", steps: int | None = None, **options: Any
+    ) -> SamplerTable:
         """The coefficients of a sampler for this model's schedule and prediction.
 
         Args:
@@ -120,7 +126,9 @@ class DDPM(GenerativeModel):
         """
         if isinstance(sampler, SamplerTable):
             if sampler.prediction != self.prediction:
-                raise ValueError(f"sampler must be a table for prediction {self.prediction!r}, got {sampler.prediction!r}")
+                raise ValueError(
+                    f"sampler must be a table for prediction {self.prediction!r}, got {sampler.prediction!r}"
+                )
             if steps is not None or options:
                 raise ValueError("steps and options belong to a sampler given by its name, got a table")
             return sampler
@@ -142,37 +150,56 @@ class DDPM(GenerativeModel):
         callback: Callable[[int, Tensor], None] | None = None,
         **options: Any,
     ) -> Tensor:
+        """Samples with a table.
+
+        Args:
+            n, seed, cond, first_sample: see ``sample``.
+            sampler, steps, options: see :meth:`sampler_table`.
+            guidance: see :meth:`denoise`; not 1 only with ``cond``.
+            callback: called with (step, state) after every step.
+        """
+        if guidance != 1 and cond is None:
+            raise ValueError(f"guidance must be 1 without cond, got {guidance!r}")
         table = self.sampler_table(sampler, steps, **options)
         x = self._initial_state(n, seed, first_sample, table)
-        cond = self._labels(cond, x) if cond is not None else None
-        denoise = lambda x, time: self.denoise(x, time, cond, guidance)  # noqa: E731
+        denoise = functools.partial(self.denoise, cond=cond, guidance=guidance)
         return dgm_kernels.sample(denoise, x, table, noise=NoiseKey(seed, first_sample), callback=callback)
 
     @torch.no_grad()
     def trajectory(
-        self, n: int, seed: int = 0, cond: Tensor | int | None = None, *, frames: int = 10, **options: Any
+        self,
+        n: int,
+        seed: int = 0,
+        cond: Tensor | int | None = None,
+        first_sample: int = 0,
+        *,
+        frames: int = 10,
+        guidance: float = 1.0,
+        sampler: str | SamplerTable = "ddpm",
+        steps: int | None = None,
+        **options: Any,
     ) -> list[tuple[str, Tensor]]:
-        """At most ``frames`` states from noise to sample, each with its time t as the label; options as in ``sample``."""
-        check_positive("frames", frames)
-        table_options = {name: value for name, value in options.items() if name not in ("guidance", "first_sample")}
-        table = self.sampler_table(**table_options)
+        """At most ``frames`` states from noise to sample, labelled with their time t; options as in ``sample``."""
+        if check_positive("frames", frames) < 2:
+            raise ValueError(f"frames must be at least 2, the noise and the sample, got {frames}")
+        table = self.sampler_table(sampler, steps, **options)
         # A state is labelled with the time the model is told next; some samplers keep it divided by alpha.
         times = [f"t = {int(time) + 1}" for time in table.times] + ["t = 0"]
         scales = [*table.input_scale.tolist(), 1.0]
-        states = {0: self._initial_state(n, seed, options.get("first_sample", 0), table)}
+        states = {0: self._initial_state(n, seed, first_sample, table)}
         kept = set(torch.linspace(0, len(table), frames).round().int().tolist())
 
         def record(step: int, x: Tensor) -> None:
             if step + 1 in kept:
                 states[step + 1] = x
 
-        self.sample(n, seed, cond, callback=record, **options)
+        self.sample(n, seed, cond, first_sample, sampler=table, guidance=guidance, callback=record)
         return [(times[step], scales[step] * states[step]) for step in sorted(kept)]
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Raises DensityUnavailable: the density is an integral over all noisy paths."""
         raise DensityUnavailable(
-            "ddpm has no density in closed form: it is an integral over every path from noise to x; elbo(x) is a lower bound"
+            "ddpm has no density in closed form: it is an integral over all paths from noise to x; elbo(x) bounds it"
         )
 
     @torch.no_grad()
@@ -224,10 +251,6 @@ class DDPM(GenerativeModel):
         like = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
         return noise_like(like, NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)) * table.initial_sigma
 
-    def _times(self, t: Tensor, x: Tensor) -> Tensor:
-        """What the network is told at index ``t``: for a schedule of betas the index itself."""
-        return t.to(x.dtype)
-
     def _labels(self, cond: Tensor | None, x: Tensor) -> Tensor | None:
         """The classes of a batch; the class after the last one stands for none."""
         if self.num_classes is None:
@@ -237,7 +260,9 @@ class DDPM(GenerativeModel):
         if cond is None:
             return torch.full((x.shape[0],), self.num_classes, device=x.device)
         if cond.dtype != torch.int64 or cond.shape != x.shape[:1]:
-            raise ValueError(f"cond must be int64 of shape ({x.shape[0]},), got {cond.dtype} of shape {tuple(cond.shape)}")
+            raise ValueError(
+                f"cond must be int64 of shape ({x.shape[0]},), got {cond.dtype} of shape {tuple(cond.shape)}"
+            )
         # Looking at the values of a tensor on another device would wait for it.
         if cond.device.type == "cpu" and not bool(((cond >= 0) & (cond < self.num_classes)).all()):
             raise ValueError(f"cond must hold classes in [0, {self.num_classes}), got {cond.tolist()}")

@@ -1,9 +1,9 @@
 """The variational lower bound of a diffusion model's log-probability, in nats.
 
 The model is ancestral sampling with the posterior's variance:
-``p(x_T) = N(0, I)``, ``p(x_s | x_t) = q(x_s | x_t, x0(x_t))`` with the network's prediction ``x0(x_t)`` in place of x_0, and
-``p(x_0 | x_1) = N(x0(x_1), beta_1 I)``, for grey levels the mass that this gives to the cell around the level (the cells at
-the ends reach to infinity). Then (Ho et al., 2020, equation 5)
+``p(x_T) = N(0, I)``; ``p(x_s | x_t) = q(x_s | x_t, x0(x_t))`` with the prediction ``x0(x_t)`` in place of x_0; and
+``p(x_0 | x_1) = N(x0(x_1), beta_1 I)``, which for grey levels stands for its mass in the cell around the level (the
+cells at the ends reach to infinity). Then (Ho et al., 2020, equation 5)
 
     log p(x_0) >= E[log p(x_0 | x_1)] - KL(q(x_T | x_0) || p(x_T)) - sum_t E[KL(q(x_s | x_t, x_0) || p(x_s | x_t))]
 
@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from dgm_kernels import NoiseKey, SamplerTable, add_noise, noise_like, sampler_step, tables
 from torch import Tensor
+
+from dgm_kernels import NoiseKey, SamplerTable, add_noise, noise_like, sampler_step, tables
 
 from ..model import Stream, check_positive
 
@@ -72,8 +73,8 @@ def importance_weighted(model: DDPM, x: Tensor, k: int, cond: Tensor | None, see
 def _path_log_weights(model: DDPM, x: Tensor, cond: Tensor | None, key: NoiseKey) -> Tensor:
     """``log p(x_0:T) - log q(x_1:T | x_0)`` along a path drawn from q.
 
-    A step of q is a step of the sampler that knows x_0. With ``x_s = mean_q + s n`` and ``e = x_0 - x0(x_t)``, p has the
-    mean ``mean_q - a e`` and ``(a / s)^2 = snr_s - snr_t =: g``, so the logarithm of p / q is ``-g/2 |e|^2 - sqrt(g) n e``.
+    A step of q is a step of the sampler that knows x_0. With ``x_s = mean_q + d n`` and ``e = x_0 - x0(x_t)``, the mean
+    of p is ``mean_q - a e`` with ``(a / d)^2 = snr_s - snr_t =: g``, so ``log p/q = -g/2 |e|^2 - sqrt(g) n e``.
     """
     count = len(model.schedule)
     gain, table = _snr_steps(model, x), model.sampler_table("ddim")
@@ -87,7 +88,7 @@ def _path_log_weights(model: DDPM, x: Tensor, cond: Tensor | None, key: NoiseKey
         row = count - 1 - t
         noise = noise_like(x, key.at(row))
         weights -= gain[t - 1] / 2 * _sum(error.square()) + gain[t - 1].sqrt() * _sum(noise * error)
-        state = sampler_step(state, x, posterior, row, noise=noise)
+        state, _ = sampler_step(state, x, posterior, row, noise=noise, return_x0=True)
     return (weights + _reconstruction(model, table, x, state, cond)).to(x.dtype)
 
 
@@ -97,7 +98,7 @@ def _snr_steps(model: DDPM, x: Tensor) -> Tensor:
 
 
 def _times(model: DDPM, x: Tensor, times: int | None, seed: int, first_sample: int) -> Iterator[Tensor]:
-    """The indices t that transitions start from, ``[batch]`` at a time: all of them, or one from each of ``times`` strata."""
+    """The indices t that transitions start from, ``[batch]`` at a time: all, or one from each of ``times`` strata."""
     count = len(model.schedule) - 1
     if times is None:
         for t in range(1, count + 1):
@@ -112,7 +113,7 @@ def _times(model: DDPM, x: Tensor, times: int | None, seed: int, first_sample: i
 
 
 def _predict_clean(model: DDPM, table: SamplerTable, noisy: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-    """The x0 that the sampler uses at index t, clipped as it clips it; ``table`` has a row for every time and no noise."""
+    """The x0 that the sampler uses at index t, clipped as it clips it; ``table`` has a row for every time."""
     output = model.denoise(noisy, t, cond)
     return sampler_step(noisy, output, table, len(table) - 1 - t, return_x0=True)[1]
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model import check_positive
 from .embedding import Condition
 
 
@@ -23,6 +24,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: Sequence[int], width: int, depth: int, num_classes: int | None = None) -> None:
         super().__init__()
+        check_positive("depth", depth)
+        if check_positive("width", width) % 2:
+            raise ValueError(f"width must be even, got {width}")
         elements = math.prod(shape)
         self.condition = Condition(width, num_classes)
         self.inward = nn.Linear(elements, width)
@@ -30,7 +34,7 @@ class MLP(nn.Module):
         self.outward = nn.Linear(width, elements)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """``x``: ``[batch, *shape]``; ``time``: ``[batch]``; ``label``: int64 ``[batch]``. Returns the shape of ``x``."""
+        """``x``: ``[batch, *shape]``; ``time``, ``label``: ``[batch]``. Returns a tensor like ``x``."""
         condition = self.condition(time, label)
         h = self.inward(x.flatten(1))
         for block in self.blocks:

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model import check_positive
 from .embedding import Condition
+
+_GROUPS = 8
 
 
 class UNet(nn.Module):
@@ -31,6 +34,7 @@ class UNet(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        _check(shape, width, depth, multipliers)
         widths = [width * m for m in multipliers]
         size = 4 * width
         self.condition = Condition(size, num_classes)
@@ -42,11 +46,11 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(_Up(a, b, size, depth) for a, b in zip(below[::-1], widths[::-1], strict=True))
         self.norm = _norm(width * multipliers[0])
         self.outward = nn.Conv2d(width * multipliers[0], shape[0], 3, padding=1)
-        nn.init.zeros_(self.outward.weight)
-        nn.init.zeros_(self.outward.bias)
+        for parameter in self.outward.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """``x``: ``[batch, *shape]``; ``time``: ``[batch]``; ``label``: int64 ``[batch]``. Returns the shape of ``x``."""
+        """``x``: ``[batch, *shape]``; ``time``, ``label``: ``[batch]``. Returns a tensor like ``x``."""
         condition = self.condition(time, label)
         h = self.inward(x)
         skips = []
@@ -59,8 +63,24 @@ class UNet(nn.Module):
         return self.outward(F.silu(self.norm(h)))
 
 
+def _check(shape: Sequence[int], width: int, depth: int, multipliers: Sequence[int]) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"the U-Net takes images of shape (channels, height, width), got {tuple(shape)}")
+    if not multipliers:
+        raise ValueError("multipliers must name at least one resolution, got none")
+    factor = 2 ** (len(multipliers) - 1)
+    if shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"height and width must divide by {factor}, that is halve {len(multipliers) - 1} times, got {shape}"
+        )
+    if check_positive("width", width) % _GROUPS:
+        raise ValueError(f"width must be a multiple of {_GROUPS}, the groups of the normalisation, got {width}")
+    for value in (depth, *multipliers):
+        check_positive("depth and multipliers", value)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(8, channels)
+    return nn.GroupNorm(_GROUPS, channels)
 
 
 class _Residual(nn.Module):

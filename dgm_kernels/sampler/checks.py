@@ -1,0 +1,101 @@
+"""Checks of the sampler op's own arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.checks import check_batch, check_device, check_index, check_like
+from .._core.noise import NO_NOISE, NoiseKey, OpArgs
+from .table import SamplerTable, TrainingTable
+
+
+def noise_args(noise: NoiseKey | Tensor | None, x: Tensor) -> OpArgs:
+    """Noise as the arguments of an op; None draws a seed."""
+    if isinstance(noise, Tensor):
+        check_like("noise", noise, x, "x")
+        return (noise, *NO_NOISE[1:])
+    if noise is None:
+        noise = NoiseKey.draw(device=x.device)
+    elif not isinstance(noise, NoiseKey):
+        raise TypeError(f"noise must be a NoiseKey or a tensor, got {type(noise).__name__}")
+    args = noise.op_args()
+    for name, value, per_row in (("seed", args[1], False), ("step", args[3], True), ("samples", args[5], True)):
+        if value is None:
+            continue
+        check_device(f"noise.{name}", value, x, "x")
+        if per_row and value.shape != x.shape[:1] and (name == "samples" or value.numel() != 1):
+            raise ValueError(f"noise.{name} must have {x.shape[0]} entries, got shape {tuple(value.shape)}")
+    return args
+
+
+def check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Tensor | None, float]:
+    """The unconditional output and the scale."""
+    if guidance is None:
+        return None, 1.0
+    if not isinstance(guidance, tuple) or len(guidance) != 2:
+        raise TypeError("guidance must be a pair (unconditional model output, scale)")
+    check_like("guidance[0]", guidance[0], x, "x")
+    if not isinstance(guidance[1], (int, float, torch.SymFloat)):
+        raise TypeError(f"guidance[1], the scale, must be a number, got {type(guidance[1]).__name__}")
+    return guidance[0], float(guidance[1])
+
+
+def check_history(history: Tensor | None, table: SamplerTable, step: int | Tensor, x: Tensor) -> None:
+    """History is there where the step uses it. A step that only the device knows may use it."""
+    if history is not None:
+        check_like("history", history, x, "x")
+    elif table.history is not None and (isinstance(step, Tensor) or table.needs_history[step]):
+        what = "state the step before started from" if table.history == "x" else "x0 the step before predicted"
+        raise ValueError(f"history must be given for step {step} of table {table.name!r}: the {what}")
+
+
+def check_known(known: Tensor | None, mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Both or neither, expanded to the shape of ``x``."""
+    if known is None and mask is None:
+        return None, None
+    if known is None or mask is None:
+        raise ValueError("known and mask go together, got only one of them")
+    if isinstance(known, Tensor) and not known.is_floating_point():
+        raise TypeError(f"known must be a floating-point tensor, got {known.dtype}")
+    if isinstance(mask, Tensor) and not (mask.is_floating_point() or mask.dtype == torch.bool):
+        raise TypeError(f"mask must be a bool or floating-point tensor, got {mask.dtype}")
+    return _expanded("known", known, x), _expanded("mask", mask, x)
+
+
+def _expanded(name: str, value: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_device(name, value, x, "x")
+    if value.shape == x.shape:
+        return value
+    try:
+        return value.expand(x.shape)
+    except RuntimeError:
+        expected, got = tuple(x.shape), tuple(value.shape)
+        raise ValueError(f"{name} must broadcast to the shape of x, {expected}, got {got}") from None
+
+
+def check_out(out: Any, x: Tensor, return_x0: bool, grad: bool) -> None:
+    """``out`` is what the call returns: a tensor like ``x``, or a pair of them."""
+    if grad:
+        raise ValueError("out does not support gradients: an input requires them")
+    if isinstance(out, tuple) != return_x0 or (return_x0 and len(out) != 2):
+        raise ValueError(f"out must be {'a pair of tensors' if return_x0 else 'a tensor'}, got {type(out).__name__}")
+    for tensor in out if return_x0 else (out,):
+        check_like("out", tensor, x, "x")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"out must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def check_training(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> OpArgs:
+    """The arguments that the forward process and its loss share."""
+    check_batch("x0", x0)
+    if not isinstance(table, TrainingTable):
+        raise TypeError(f"table must be a TrainingTable (see tables.training), got {type(table).__name__}")
+    check_index("t", t, x0, "x0", len(table), per_row=True)
+    if noise is None:
+        raise TypeError("noise must be a NoiseKey or a tensor, got None: the loss has to draw the same noise again")
+    return noise_args(noise, x0)
