@@ -108,10 +108,13 @@ def assert_compiles(
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
     for args in (args_small, args_large):
         torch.testing.assert_close(_outputs_and_grads(compiled, args), _outputs_and_grads(fn, args), equal_nan=True)
+        compilations.append(counter.frame_count)
     torch._dynamo.reset()
-    assert counter.frame_count == 1, f"compiled {counter.frame_count} times for two sizes, expected once"
+    first, both = compilations  # torch.compile may restart within the first call: that counts in both
+    assert first == both, f"compiled {both - first} times more for the second size"
 
 
 def assert_autocast_like(

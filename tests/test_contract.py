@@ -137,7 +137,7 @@ class TestCompiles:
         def depends_on_the_size(x: Tensor) -> Tensor:
             return x + 1 if x.shape[0] == 3 else x + 1.0
 
-        with pytest.raises(AssertionError, match="compiled 2 times"):
+        with pytest.raises(AssertionError, match="compiled 1 times more"):
             assert_compiles(depends_on_the_size, self.small, self.large, backend="aot_eager")
 
     def test_refuses_a_graph_break(self):

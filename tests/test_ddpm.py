@@ -220,7 +220,7 @@ def test_F2_elbo_importance_weighted_rises_to_the_log_probability() -> None:
 
 
 def test_F2_elbo_importance_weighted_agrees_with_the_closed_form_for_one_path() -> None:
-    """The mean of log p/q is the closed-form bound, and the log-mean-exp of paths that hardly differ is near their mean."""
+    """The mean of log p/q is the closed-form bound; the log-mean-exp of paths that hardly differ is near their mean."""
     model, x = gaussian_model(timesteps=4, std=1e-3), gaussian_data(1, std=1e-3).expand(4000, 2)
     closed, weighted = model.elbo(x), model.elbo(x, k=2)
     error = (closed.var() / 4000 + weighted.var() / 4000) ** 0.5

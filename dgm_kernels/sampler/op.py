@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._core import ops
 from .._core.noise import SCHEMA as _NOISE
-from .reference import per_row, per_sample
+from .reference import per_row, per_sample, row_of
 
 _TRITON = "dgm_kernels.sampler.triton"
 _STEP_INPUTS = (
@@ -55,9 +55,9 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _step_backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Any, ...]:
     """Gradients of the affine step. Saves x and the model output only where x0 is bounded."""
     rows, step_tensor, mask, x, m, unconditional, threshold = ctx.saved_tensors
-    row = rows[ctx.step if step_tensor is None else step_tensor].unbind(-1)
     like = grad
-    px, pm, lo, hi, ax, a0, am, ah, an, ak, sk = (per_sample(c, like) for c in row[:11])
+    row = row_of(rows, ctx.step if step_tensor is None else step_tensor, like)
+    px, pm, lo, hi, ax, a0, am, ah, an, ak, sk, _ = row
     g = grad.to(torch.float32)
     share = None if mask is None else g * mask
     g = g if share is None else g - share

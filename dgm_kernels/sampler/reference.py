@@ -39,8 +39,13 @@ def _predict(
     return m, row[0] * _compute(x) + row[1] * m
 
 
-def _row(rows: Tensor, step: int | Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(per_sample(c, like) for c in rows[step].unbind(-1))
+def row_of(rows: Tensor, step: int | Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """The coefficients of a step, shaped to multiply ``like``."""
+    if isinstance(step, Tensor) and step.dim() == 0:
+        row = rows.index_select(0, step.reshape(1))[0]  # rows[step] would wait for the device
+    else:
+        row = rows[step]
+    return tuple(per_sample(c, like) for c in row.unbind(-1))
 
 
 def _given_or_drawn(x: Tensor, args: OpArgs, step: int | Tensor = 0) -> Tensor:
@@ -71,7 +76,7 @@ def sampler_step(
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x0 = clip(px x + pm m, lo, hi)``, ``x' = ax x + a0 x0 + am m + ah history + an noise``; returns (x', x0)."""
-    row = _row(rows, step, x)
+    row = row_of(rows, step, x)
     _, _, lo, hi, ax, a0, am, ah, an, ak, sk, _ = row
     m, x0 = _predict(x, model_output, row, unconditional, guidance_scale)
     if threshold is None:
@@ -102,15 +107,16 @@ def dynamic_threshold(
     largest: float,
 ) -> Tensor:
     """``clamp(quantile of |x0| within a sample, 1, largest)``, ``[batch]``; the quantile interpolates linearly."""
-    _, x0 = _predict(x, model_output, _row(rows, step, x), unconditional, guidance_scale)
+    _, x0 = _predict(x, model_output, row_of(rows, step, x), unconditional, guidance_scale)
     size = per_row(x0).abs()
-    place = quantile * (size.shape[1] - 1)
-    below = math.floor(place)
-    top = size.topk(size.shape[1] - below, dim=1).values  # the numbers from rank `below` up, largest first
+    last = size.shape[1] - 1
+    below = math.floor(quantile * last)  # rank of the number under the quantile
+    top = size.topk(last + 1 - below, dim=1).values  # the numbers from that rank up, largest first
     low = top[:, -1]
-    high = low if quantile == 1 or size.shape[1] == 1 else top[:, -2]
-    share = torch.full_like(low, place - below)  # a tensor: torch.compile would compile anew for every number
-    return torch.lerp(low, high, share).clamp(1.0, largest)
+    high = low if quantile == 1 or last == 0 else top[:, -2]
+    # As tensors: torch.compile would compile anew for every value of a Python float.
+    share = quantile * low.new_full((), last, dtype=torch.float64) - low.new_full((), below, dtype=torch.float64)
+    return torch.lerp(low, high, share.to(low.dtype)).clamp(1.0, largest)
 
 
 def add_noise(x0: Tensor, rows: Tensor, t: Tensor, args: OpArgs) -> Tensor:

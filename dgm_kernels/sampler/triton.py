@@ -45,30 +45,45 @@ def _uniform(word):
 
 
 @triton.jit
-def _cos_sin(turns):
-    """Cosine and sine of ``2 pi turns`` for turns in [0, 1].
+def _minus_two_log(u):
+    """``-2 ln(u)`` for u in (0, 1]; polynomial of csrc/common/philox.h, without the special cases of ``tl.log``."""
+    bits = u.to(tl.int32, bitcast=True)
+    offset = bits - 0x3F3504F3  # of sqrt(1/2): u = 2^e (1 + f) with 1 + f from there to sqrt(2)
+    e = (offset >> 23).to(tl.float32)
+    f = (bits - (offset & -0x800000)).to(tl.float32, bitcast=True) - 1.0
+    p = f * 0.08700435608625412 - 0.14267486333847046
+    p = p * f + 0.14914767444133759
+    p = p * f - 0.1657758504152298
+    p = p * f + 0.19963063299655914
+    p = p * f - 0.2500133812427521
+    p = p * f + 0.3333390951156616
+    p = p * f - 0.5
+    p = p * (f * f) + f
+    return e * -1.3862943611198906 - p * 2.0
 
-    The quarter turns are taken off exactly; the polynomials are those of csrc/common/vec.h.
-    """
-    shifted = turns * 4.0 + 12582912.0  # 1.5 * 2^23: rounds to an integer and leaves it in the low bits
-    quarter = shifted.to(tl.int32, bitcast=True)
-    r = turns * 4.0 - (shifted - 12582912.0)
+
+@triton.jit
+def _cos_sin(quarters):
+    """Cosine and sine of 0 to 4 quarter turns; polynomials of csrc/common/philox.h."""
+    shifted = quarters + 12582912.0  # 1.5 * 2^23: rounds to an integer and leaves it in the low bits
+    whole = shifted.to(tl.int32, bitcast=True)
+    r = quarters - (shifted - 12582912.0)
     z = r * r
     s = r * (1.5707963705062866 + z * (-0.6459634900093079 + z * (0.07968003302812576 + z * -0.00460165785625577)))
     c = 1.0 + z * (-1.2336976528167725 + z * (0.2536032199859619 + z * -0.020417282357811928))
-    odd = (quarter & 1) != 0
+    odd = (whole & 1) != 0
     cosine = tl.where(odd, s, c)
     sine = tl.where(odd, c, s)
-    return tl.where(((quarter + 1) & 2) != 0, -cosine, cosine), tl.where((quarter & 2) != 0, -sine, sine)
+    return tl.where(((whole + 1) & 2) != 0, -cosine, cosine), tl.where((whole & 2) != 0, -sine, sine)
 
 
 @triton.jit
 def _normals(w0, w1, w2, w3):
     """Box-Muller: radius from words 0 and 2, angle from words 1 and 3, cosine first."""
-    r0 = tl.sqrt(-2.0 * tl.log(_uniform(w0)))
-    r1 = tl.sqrt(-2.0 * tl.log(_uniform(w2)))
-    cos0, sin0 = _cos_sin(_uniform(w1))
-    cos1, sin1 = _cos_sin(_uniform(w3))
+    r0 = tl.sqrt(_minus_two_log(_uniform(w0)))
+    r1 = tl.sqrt(_minus_two_log(_uniform(w2)))
+    cos0, sin0 = _cos_sin(_uniform(w1) * 4.0)
+    cos1, sin1 = _cos_sin(_uniform(w3) * 4.0)
     return r0 * cos0, r0 * sin0, r1 * cos1, r1 * sin1
 
 
