@@ -26,7 +26,16 @@ import dgm_kernels
 from bench.markdown import markdown_table
 
 CAPABILITIES = (80, 90, 100)
-HEADINGS = ("kernel", "target", "registers", "spill bytes", "stack bytes", "shared bytes")
+HEADINGS = (
+    "kernel",
+    "target",
+    "registers",
+    "spill bytes",
+    "stack bytes",
+    "shared bytes",
+    "16-byte loads",
+    "16-byte stores",
+)
 
 
 class Spec(NamedTuple):
@@ -48,6 +57,8 @@ class Usage(NamedTuple):
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
+    wide_loads: int
+    wide_stores: int
 
 
 def compile_spec(spec: Spec, capability: int) -> Usage:
@@ -65,7 +76,8 @@ def compile_spec(spec: Spec, capability: int) -> Usage:
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
     registers, spills, stack = _assemble(kernel.asm["ptx"], capability)
     target = sm_arch_from_capability(capability)
-    return Usage(spec.name, target, registers, spills, stack, kernel.metadata.shared)
+    loads, stores = (kernel.asm["ptx"].count(f"{access}.global.v4.b32") for access in ("ld", "st"))
+    return Usage(spec.name, target, registers, spills, stack, kernel.metadata.shared, loads, stores)
 
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,16 +128,16 @@ def _profile(args: argparse.Namespace) -> None:
 
     model = create_model(args.model, **dict(args.set)).to(args.device)
     trainer = Trainer(model, digits(), Settings(steps=2 * args.steps, batch_size=args.batch_size))
-    work = {
-        "train": lambda: trainer.run(trainer.step + args.steps, progress=False),
+    work: dict[str, Callable[[], object]] = {
+        "train": lambda: [trainer.train_step() for _ in range(args.steps)],
         "sample": lambda: model.sample(args.batch_size, **_given(args, "sampler"), steps=args.steps),
-    }[args.what]
-    work()  # warm up
+    }
+    work[args.what]()  # warm up
     activities = [ProfilerActivity.CPU]
     if args.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        work()
+        work[args.what]()
     sort_by = f"self_{args.device.type}_time_total"
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=args.rows, max_name_column_width=48))
     out = args.out or pathlib.Path("runs") / f"profile_{args.model}_{args.what}.json"

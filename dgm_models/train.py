@@ -109,7 +109,7 @@ class Trainer:
         self.model.train()
         with tqdm(total=until, initial=self.step, unit="step", disable=not progress) as bar:
             while self.step < until and time.monotonic() < deadline:
-                pending.append(self._train_step())
+                pending.append(self.train_step())
                 bar.update()
                 if self.step % self.settings.validate_every == 0 or self.step == until:
                     self._flush(pending)
@@ -121,11 +121,12 @@ class Trainer:
             self._flush(pending)
         self.save()
 
-    def _train_step(self) -> Tensor:
+    def train_step(self) -> Tensor:
+        """One step of the optimizer; returns the loss, still on the device."""
         lr = self.settings.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x, cond = self._batch(self.step)
+        x, cond = self.batch(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model.loss(x, cond, key=NoiseKey(self.settings.seed, step=self.step))
         loss.backward()
@@ -135,7 +136,7 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The samples of a step: a part of the epoch's random order (what does not fill a batch is left out)."""
         split = self.train_split
         size = min(self.settings.batch_size, len(split))

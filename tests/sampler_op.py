@@ -34,11 +34,11 @@ def key_args(batch: int, device: str, on_device: bool) -> OpArgs:
     """A key with all 64 bits of the seed and sample indices beyond 32 bits; as tensors if ``on_device``."""
     seed, sample = 0xFEDCBA9876543210, (5 << 32) + 0xFFFFFFFE
     if not on_device:
-        return NoiseKey(seed, first_sample=sample, step=0xFFFFFFFE, stream=3).op_args()
+        return NoiseKey(seed, first_sample=sample, step=0xFFFFFFFE, stream=203).op_args()
     samples = sample + 3 * torch.arange(batch, device=device)
     steps = 0xFFFFFFFE + torch.arange(batch, device=device) % 5
     seed_tensor = torch.tensor([seed - (1 << 64)], device=device)
-    return NoiseKey(seed_tensor, step=steps, samples=samples, stream=3).op_args()
+    return NoiseKey(seed_tensor, step=steps, samples=samples, stream=203).op_args()
 
 
 def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: str, options: set[str]) -> OpArgs:

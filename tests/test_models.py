@@ -242,12 +242,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
 
 def test_an_epoch_visits_every_sample_once_in_a_new_order() -> None:
     trainer = tiny_trainer(batch_size=100)
-    epochs = [[trainer._batch(step)[0] for step in range(12 * e, 12 * (e + 1))] for e in (0, 1)]
+    epochs = [[trainer.batch(step)[0] for step in range(12 * e, 12 * (e + 1))] for e in (0, 1)]
     rows = [torch.cat(epoch).flatten(1) for epoch in epochs]
     assert not torch.equal(rows[0], rows[1])
     everything = sorted(map(tuple, digits().train.x.flatten(1).tolist()))
     assert all(sorted(map(tuple, r.tolist())) == everything for r in rows)
-    x, label = trainer._batch(30)
+    x, label = trainer.batch(30)
     index = (digits().train.x == x[0]).flatten(1).all(1).nonzero()[0]
     assert int(digits().train.label[index]) == int(label[0])
 

@@ -54,7 +54,9 @@ class TestNumbers:
             drawn = [native_noise(backend, on_gpu.to(dtype), args, kind).cpu() for kind in range(3)]
             assert torch.equal(drawn[2], expected[2])
             assert torch.equal(drawn[1], expected[1].to(dtype))
-            torch.testing.assert_close(drawn[0], expected[0].to(dtype), rtol=max(torch.finfo(dtype).eps, 2**-21), atol=0)
+            torch.testing.assert_close(
+                drawn[0], expected[0].to(dtype), rtol=max(torch.finfo(dtype).eps, 2**-21), atol=0
+            )
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("dtype", DTYPES)

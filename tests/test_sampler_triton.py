@@ -32,7 +32,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-
 def compile_for_sm90(name: str) -> str:
     """The PTX of a kernel that ``aot_specs`` lists, for tensors at 16-byte addresses."""
     from triton.backends.compiler import GPUTarget
@@ -141,6 +140,12 @@ class TestInterpreted:
             for result in native_step("triton", {**call, "threshold": threshold}):
                 assert result[0, 7].isnan() and result.isnan().sum() == 1
 
+    def test_refuses_other_strides(self):
+        call = step_call((3, 59), torch.float32, "")
+        call["model_output"] = call["model_output"].t().contiguous().t()
+        with pytest.raises(ValueError, match="contiguous"):
+            native_step("triton", call)
+
     def test_out_may_be_x(self):
         call = step_call((2, 1023), torch.float32, "drawn history")
         expected = native_step("triton", call)
@@ -201,7 +206,7 @@ class TestNotInterpreted:
     __test__ = not INTERPRETED
 
     def test_in_the_interpreter(self):
-        """Runs the tests above in one process of their own, since Triton interprets all kernels of a process or none."""
+        """Runs the tests above in a process of their own: Triton interprets all kernels of a process or none."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(

@@ -184,7 +184,7 @@ def _load(ptr, at, exists):
 def _noise_kernel(
     out_ptr, seed_ptr, key_step_ptr, samples_ptr,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
-    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Normals (KIND 0), uniforms (1) or words (2)."""
@@ -203,7 +203,7 @@ def _step_kernel(
     threshold_ptr, rows_ptr, step_ptr, seed_ptr, key_step_ptr, samples_ptr,
     guidance_scale: tl.float32, rows: tl.int64, step: tl.int64, step_stride: tl.int64,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
-    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The columns of a row: px pm lo hi ax a0 am ah an ak sk; the formula is that of reference.py."""
@@ -252,7 +252,7 @@ def _step_kernel(
 def _add_noise_kernel(
     out_ptr, x0_ptr, noise_ptr, rows_ptr, t_ptr, seed_ptr, key_step_ptr, samples_ptr, rows: tl.int64,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
-    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The columns of a row: alpha sigma."""
@@ -273,7 +273,7 @@ def _loss_kernel(
     partial_ptr, residual_ptr, model_output_ptr, x0_ptr, noise_ptr, rows_ptr, t_ptr,
     seed_ptr, key_step_ptr, samples_ptr, rows: tl.int64,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
-    batch: tl.int32, elements: tl.int64, blocks: tl.int32,
+    batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     DRAWN: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The columns of a row: alpha sigma cx cn weight. Writes ``weight / elements * sum of squares`` of every tile."""
@@ -348,6 +348,10 @@ def _launch(
     From the second call on the compiled kernel is launched as it is: finding out anew which one is meant costs Triton
     several times what a launch costs. Dtypes and alignments of the tensors and constants decide it, numbers do not.
     """
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        raise ValueError(
+            f"the kernels take contiguous tensors, got strides {[t.stride() for t in tensors if t is not None]}"
+        )
     programs, sizes, tile = _grid(like.shape[0], like.numel() // like.shape[0])
     args = (*tensors, *numbers, *sizes, constant, *tile)
     forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
@@ -449,8 +453,10 @@ def _spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) ->
         if parameter.annotation_type:
             signature[parameter.name] = parameter.annotation_type
         elif not parameter.is_constexpr:
-            type_ = pointers.get(parameter.name.removesuffix("_ptr"))
-            (constants if type_ is None else signature)[parameter.name] = type_
+            if (type_ := pointers.get(parameter.name.removesuffix("_ptr"))) is not None:
+                signature[parameter.name] = type_
+            else:
+                constants[parameter.name] = None
     own = {p.name for p in kernel.params} - signature.keys()
     return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": _WARPS}
 
@@ -463,7 +469,7 @@ def aot_specs() -> Iterator[_Spec]:
         key = {"seed": "*i64", "key_step": "*i64", "samples": "*i64"}
         more = dict.fromkeys(("clean", "history", "unconditional", "known"), dtype)
         every = {**step, **key, **more, "mask": "*i1", "threshold": "*fp32", "step": "*i64"}
-        forms = {
+        forms: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
             "step": (step, {"DRAWN": False}),
             "step_drawn": (step, {"DRAWN": True}),
             "step_drawn_64_columns": (step, {"DRAWN": True, "ROWS": 16, "COLUMNS": 64}),
