@@ -233,9 +233,11 @@ def test_F2_elbo_of_grey_levels_is_a_probability() -> None:
         for scale in (0.01, 0.1, 2.0):
             log_prob = discretized_normal_log_prob(levels, torch.full_like(levels, mean), scale, 17)
             assert float(log_prob.exp().sum()) == pytest.approx(1.0, abs=1e-12)
-    # Far tail in float32: log(Phi(-93.75) - Phi(-106.25)), where both numbers underflow.
-    far = discretized_normal_log_prob(torch.tensor([0.0]), torch.tensor([1.0]), 0.01, 17)
-    assert float(far) == pytest.approx(-(93.75**2) / 2 - math.log(93.75 * math.sqrt(2 * math.pi)), rel=1e-4)
+    # Far tails in float32: log(Phi(-93.75) - Phi(-106.25)), where both numbers underflow.
+    expected = -(93.75**2) / 2 - math.log(93.75 * math.sqrt(2 * math.pi))
+    for mean in (-1.0, 1.0):
+        far = discretized_normal_log_prob(torch.tensor([0.0]), torch.tensor([mean]), 0.01, 17)
+        assert float(far) == pytest.approx(expected, rel=1e-4)
 
 
 def test_F2_elbo_of_grey_levels_of_a_perfect_model_is_zero() -> None:

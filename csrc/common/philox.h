@@ -1,5 +1,6 @@
 // Counter-based noise: Philox4x32-10 and Box-Muller, for CPU vectors and for CUDA threads.
-// Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the layout of the counter is in docs/design.md.
+// Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the layout of the counter is in
+// docs/design.md.
 #pragma once
 
 #include "common/dtype.h"
@@ -16,8 +17,8 @@ namespace DGM_ISA_NAMESPACE {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// What the ten rounds need of one (seed, sample, step, stream). Only c0 differs between the elements of a sample, so half
-// of the first two rounds is the same for all of them and is done here once.
+// What the ten rounds need of one (seed, sample, step, stream). Only c0 differs between the elements of a sample, so
+// half of the first two rounds is the same for all of them and is done here once.
 struct PhiloxSample {
   uint32_t x1, x2, x3, x4, c3;
   uint32_t key[20];  // k0, k1 of every round

@@ -59,7 +59,8 @@ inline Output output(const char* name, const at::Tensor& tensor, const at::Tenso
 }
 
 // An int64 tensor with one element (stride 0) or one a sample (stride 1).
-inline const int64_t* integers(const char* name, const OptionalTensor& tensor, const at::Tensor& like, int64_t& stride) {
+inline const int64_t* integers(const char* name, const OptionalTensor& tensor, const at::Tensor& like,
+                               int64_t& stride) {
   if (!present(tensor)) return nullptr;
   TORCH_CHECK_TYPE(tensor->scalar_type() == at::kLong, name, " must be int64, got ", tensor->scalar_type());
   TORCH_CHECK_VALUE(tensor->device() == like.device(), name, " must be on ", like.device(), ", got ", tensor->device());

@@ -141,16 +141,16 @@ DGM_INLINE U32 zip_lower_halves(U64 even, U64 odd) { return bit_cast<U32>((even 
 
 // Transposes the 4x4 blocks that the four 128-bit groups at the same place make.
 DGM_INLINE void transpose4(F32* v) {
-#define DGM_TRANSPOSE4(prefix, vec, vecd)                                                             \
-  const vec a = reinterpret_cast<vec>(v[0]), b = reinterpret_cast<vec>(v[1]);                         \
-  const vec c = reinterpret_cast<vec>(v[2]), d = reinterpret_cast<vec>(v[3]);                         \
-  const vecd ab0 = reinterpret_cast<vecd>(prefix##_unpacklo_ps(a, b));                                \
-  const vecd ab1 = reinterpret_cast<vecd>(prefix##_unpackhi_ps(a, b));                                \
-  const vecd cd0 = reinterpret_cast<vecd>(prefix##_unpacklo_ps(c, d));                                \
-  const vecd cd1 = reinterpret_cast<vecd>(prefix##_unpackhi_ps(c, d));                                \
-  v[0] = reinterpret_cast<F32>(prefix##_unpacklo_pd(ab0, cd0));                                       \
-  v[1] = reinterpret_cast<F32>(prefix##_unpackhi_pd(ab0, cd0));                                       \
-  v[2] = reinterpret_cast<F32>(prefix##_unpacklo_pd(ab1, cd1));                                       \
+#define DGM_TRANSPOSE4(prefix, vec, vecd)                                     \
+  const vec a = reinterpret_cast<vec>(v[0]), b = reinterpret_cast<vec>(v[1]); \
+  const vec c = reinterpret_cast<vec>(v[2]), d = reinterpret_cast<vec>(v[3]); \
+  const vecd ab0 = reinterpret_cast<vecd>(prefix##_unpacklo_ps(a, b));        \
+  const vecd ab1 = reinterpret_cast<vecd>(prefix##_unpackhi_ps(a, b));        \
+  const vecd cd0 = reinterpret_cast<vecd>(prefix##_unpacklo_ps(c, d));        \
+  const vecd cd1 = reinterpret_cast<vecd>(prefix##_unpackhi_ps(c, d));        \
+  v[0] = reinterpret_cast<F32>(prefix##_unpacklo_pd(ab0, cd0));               \
+  v[1] = reinterpret_cast<F32>(prefix##_unpackhi_pd(ab0, cd0));               \
+  v[2] = reinterpret_cast<F32>(prefix##_unpacklo_pd(ab1, cd1));               \
   v[3] = reinterpret_cast<F32>(prefix##_unpackhi_pd(ab1, cd1))
 #if defined(__AVX512F__)
   DGM_TRANSPOSE4(_mm512, __m512, __m512d);

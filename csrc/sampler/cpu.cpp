@@ -8,8 +8,8 @@ namespace DGM_ISA_NAMESPACE {
 
 namespace {
 
-// Lane l works out counter (l % 4) * kWidth / 4 + l / 4 of its group: after transpose4 the elements are in order. The even
-// lanes and the odd ones are two vectors of 64-bit lanes, as the multiply wants them.
+// Lane l works out counter (l % 4) * kWidth / 4 + l / 4 of its group: after transpose4 the elements are in order. The
+// even lanes and the odd ones are two vectors of 64-bit lanes, as the multiply wants them.
 struct LaneCounters {
   U64 even, odd;
   LaneCounters() {
@@ -121,7 +121,8 @@ DGM_INLINE void for_each_part(const Shape& shape, int64_t unit_elements, int64_t
   }
 }
 
-// Calls body(i, index, left) for every vector of the block that starts at `index` and has `left` elements before the end.
+// Calls body(i, index, left) for every vector of the block that starts at `index` and has `left` elements before the
+// end.
 template <class Body>
 DGM_INLINE void for_each_vector(int64_t index, int64_t left, const Body& body) {
   for (int i = 0; i < kVectors && left > 0; ++i, index += kWidth, left -= kWidth) body(i, index, left);

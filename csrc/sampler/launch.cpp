@@ -20,8 +20,8 @@ Shape shape_of(const at::Tensor& x) { return {x.size(0), elements_per_sample(x)}
 Rows rows_of(const at::Tensor& rows, const OptionalTensor& index_tensor, int64_t index, const at::Tensor& like,
              int64_t columns) {
   TORCH_CHECK_TYPE(rows.scalar_type() == at::kFloat, "rows must be float32, got ", rows.scalar_type());
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) == columns && rows.is_contiguous(), "rows must be [steps, ", columns,
-                    "], got ", rows.sizes());
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) == columns && rows.is_contiguous(), "rows must be [steps, ",
+                    columns, "], got ", rows.sizes());
   TORCH_CHECK_VALUE(rows.device() == like.device(), "rows must be on ", like.device(), ", got ", rows.device());
   Rows result{rows.const_data_ptr<float>(), rows.size(0), nullptr, 0, index};
   result.index_tensor = integers("step", index_tensor, like, result.index_stride);
@@ -59,21 +59,21 @@ StepArgs step_args(DGM_STEP_PARAMETERS) {
 }
 
 #ifdef DGM_WITH_CUDA
-#define DGM_RUN(kernel, args, like, units, grain)                                           \
-  do {                                                                                      \
-    if ((like).is_cuda()) {                                                                 \
-      const c10::cuda::CUDAGuard guard((like).device());                                    \
-      cuda::kernel(args, c10::cuda::getCurrentCUDAStream().stream());                       \
-    } else {                                                                                \
-      const auto run = DGM_PICK_ISA(kernel);                                                \
-      at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); });    \
-    }                                                                                       \
+#define DGM_RUN(kernel, args, like, units, grain)                                        \
+  do {                                                                                   \
+    if ((like).is_cuda()) {                                                              \
+      const c10::cuda::CUDAGuard guard((like).device());                                 \
+      cuda::kernel(args, c10::cuda::getCurrentCUDAStream().stream());                    \
+    } else {                                                                             \
+      const auto run = DGM_PICK_ISA(kernel);                                             \
+      at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); }); \
+    }                                                                                    \
   } while (false)
 #else
-#define DGM_RUN(kernel, args, like, units, grain)                                         \
-  do {                                                                                    \
-    const auto run = DGM_PICK_ISA(kernel);                                                \
-    at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); });    \
+#define DGM_RUN(kernel, args, like, units, grain)                                      \
+  do {                                                                                 \
+    const auto run = DGM_PICK_ISA(kernel);                                             \
+    at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); }); \
   } while (false)
 #endif
 

@@ -41,10 +41,8 @@ def _predict(
 
 def row_of(rows: Tensor, step: int | Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """The coefficients of a step, shaped to multiply ``like``."""
-    if isinstance(step, Tensor) and step.dim() == 0:
-        row = rows.index_select(0, step.reshape(1))[0]  # rows[step] would wait for the device
-    else:
-        row = rows[step]
+    on_device = isinstance(step, Tensor) and step.dim() == 0  # rows[step] would wait for the device
+    row = rows.index_select(0, step.reshape(1))[0] if on_device else rows[step]  # type: ignore[union-attr]
     return tuple(per_sample(c, like) for c in row.unbind(-1))
 
 
