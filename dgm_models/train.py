@@ -43,8 +43,8 @@ class Settings:
         seed: of the weights, the order of the data and the noise.
     """
 
-    steps: int = 2000
-    batch_size: int = 128
+    steps: int = 3500
+    batch_size: int = 64
     lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.0

@@ -209,7 +209,7 @@ def model_log_prob(model: DDPM, x: Tensor, mean: float, std: float) -> Tensor:
 
 
 def test_F2_elbo_importance_weighted_rises_to_the_log_probability() -> None:
-    model = gaussian_model(timesteps=4, elements=1)
+    model = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5], elements=1)
     x = gaussian_data(1, elements=1).expand(2000, 1)
     exact = float(model_log_prob(model, x[:1], 0.3, 0.7))
     closed, *weighted = (model.elbo(x, k=k, seed=k) for k in (1, 2, 8, 64))
@@ -221,7 +221,7 @@ def test_F2_elbo_importance_weighted_rises_to_the_log_probability() -> None:
 
 def test_F2_elbo_importance_weighted_agrees_with_the_closed_form_for_one_path() -> None:
     """The mean of log p/q is the closed-form bound; the log-mean-exp of paths that hardly differ is near their mean."""
-    model, x = gaussian_model(timesteps=4, std=1e-3), gaussian_data(1, std=1e-3).expand(4000, 2)
+    model, x = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5], std=1e-3), gaussian_data(1, std=1e-3).expand(4000, 2)
     closed, weighted = model.elbo(x), model.elbo(x, k=2)
     error = (closed.var() / 4000 + weighted.var() / 4000) ** 0.5
     assert abs(float(closed.mean() - weighted.mean())) < 5 * float(error) + 1e-3
@@ -275,7 +275,7 @@ def test_F2_samplers_draw_from_the_data_distribution(sampler: str) -> None:
 
 
 def test_F2_ancestral_sampling_matches_its_exact_distribution() -> None:
-    model = gaussian_model(timesteps=4, elements=1)
+    model = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5], elements=1)
     x = model.sample(20_000, seed=2)
     spread = x + model.schedule.sigma_t[0] * noise_like(x, NoiseKey(77))  # the last step adds no noise
     z = torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]

@@ -137,7 +137,14 @@ DGM_INLINE void multiply(uint32_t factor, Pack<U64, N> value, Pack<U64, N>& high
 }
 
 // Lanes 0, 2, 4, ... from the lower halves of `even`, lanes 1, 3, 5, ... from those of `odd`.
-DGM_INLINE U32 zip_lower_halves(U64 even, U64 odd) { return bit_cast<U32>((even & 0xFFFFFFFFu) | (odd << 32)); }
+DGM_INLINE U32 zip_lower_halves(U64 even, U64 odd) {
+#if defined(__AVX512F__)
+  const __m512 low = reinterpret_cast<__m512>(even);
+  return reinterpret_cast<U32>(_mm512_mask_moveldup_ps(low, 0xAAAA, reinterpret_cast<__m512>(odd)));
+#else
+  return bit_cast<U32>((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+}
 
 // Transposes the 4x4 blocks that the four 128-bit groups at the same place make.
 DGM_INLINE void transpose4(F32* v) {

@@ -64,7 +64,7 @@ class DDPM(GenerativeModel):
         width: int = 32,
         depth: int = 1,
         multipliers: Sequence[int] = (1, 2),
-        timesteps: int = 1000,
+        timesteps: int = 200,
         schedule: str | Sequence[float] = "cosine",
         prediction: str = "eps",
         num_classes: int | None = None,
