@@ -8,7 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dgm_kernels import NoiseKey, SamplerTable, Schedule, TrainingTable, tables
+from dgm_kernels import NoiseKey, SamplerTable, Schedule, TrainingTable, backends, tables
+
+NATIVE = [name for name in ("cpp",) if backends()[name].startswith("available")]
+BACKENDS = ["reference", *NATIVE]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Ragged first: no multiple of a vector, a tile or a block.
 SHAPES = ((1, 1), (3, 59), (2, 3, 113), (5, 1023), (2, 3, 7, 9), (0, 4), (3, 0), (7,))
@@ -31,6 +35,9 @@ class StepCase:
     history: bool = False
     guidance: bool = False
     known: bool = False
+
+    def __str__(self) -> str:
+        return self.name
 
     def options(self, x: Tensor, noise: NoiseKey | Tensor | None = None) -> dict[str, object]:
         """Random operands for the options, in the dtype of ``x``."""

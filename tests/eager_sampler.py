@@ -30,7 +30,9 @@ def eager_step(x: Tensor, m: Tensor, table: SamplerTable, step: int, **options: 
     else:
         quantile, largest = table.dynamic_threshold
         wide = x0.float() if x0.dtype in (torch.bfloat16, torch.float16) else x0
-        s = torch.quantile(per_row(wide).abs(), quantile, dim=1).clamp(1.0, largest).to(x0.dtype)
+        wide = per_row(wide).abs()
+        s = torch.quantile(wide, quantile, dim=1) if wide.numel() else torch.ones(len(wide), dtype=wide.dtype)
+        s = s.clamp(1.0, largest).to(x0.dtype)
         x0 = x0.clamp(-column(s, x), column(s, x)) / column(s, x)
     new = ax * x + a0 * x0 + am * m
     if "history" in options:

@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 
-from dgm_kernels import NoiseKey, backends, noise_like, use_backend
+from dgm_kernels import NoiseKey, noise_like, use_backend
 from dgm_kernels._core.noise import philox4x32
-
-NATIVE = [name for name in ("cpp",) if backends()[name].startswith("available")]
-BACKENDS = ["reference", *NATIVE]
+from tests.cases import BACKENDS, NATIVE
 
 # Random123's known answers for philox4x32-10: counter, key, output.
 KNOWN = [

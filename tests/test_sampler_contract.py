@@ -24,7 +24,7 @@ from dgm_kernels import (
     use_backend,
 )
 from dgm_kernels.sampler import op
-from tests.cases import FLOW, STEP_CASES, VP, StepCase
+from tests.cases import BACKENDS, FLOW, NATIVE, STEP_CASES, VP
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
@@ -36,10 +36,6 @@ from tests.contract import (
 from tests.eager_sampler import eager_step
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = [name for name in ("cpp",) if backends()[name].startswith("available")]
-BACKENDS = ["reference", *NATIVE]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IDS = {"ids": lambda value: value.name if isinstance(value, StepCase) else None}
 
 
 def opcheck_cases() -> list[Any]:
@@ -69,7 +65,7 @@ def test_opcheck(backend, index):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", STEP_CASES, **IDS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
 def test_strides_and_offsets(case, backend):
     x, m = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     options = case.options(x)
@@ -95,7 +91,7 @@ def test_expanded_operands_and_broadcast_masks(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", STEP_CASES, **IDS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
 def test_inputs_unchanged_repeatable_and_out(case, backend):
     x, m = torch.randn(3, 7, 40), torch.randn(3, 7, 40)
     options = case.options(x, NoiseKey(1))
@@ -118,7 +114,7 @@ def test_inputs_unchanged_repeatable_and_out(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", STEP_CASES, **IDS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
 def test_step_tensors(case, backend):
     """A step read on the device, one for all or one a sample, equals an int; noise follows the sample's own step."""
     x, m = torch.randn(4, 50), torch.randn(4, 50)
@@ -134,7 +130,7 @@ def test_step_tensors(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", STEP_CASES, **IDS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=str)
 def test_compiles_once_for_two_sizes(case, backend):
     keys = NoiseKey(torch.tensor([5]))
 
@@ -196,7 +192,7 @@ def test_autocast_keeps_dtypes():
     )
 
 
-@pytest.mark.parametrize("case", [c for c in STEP_CASES if not c.noise], **IDS)
+@pytest.mark.parametrize("case", [c for c in STEP_CASES if not c.noise], ids=str)
 def test_vmap(case):
     x, m = torch.randn(3, 2, 5, 6), torch.randn(3, 2, 5, 6)
     options = case.options(x[0])

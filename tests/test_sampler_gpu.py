@@ -113,6 +113,22 @@ class TestContract:
         for result in native_loss(backend, call):
             assert result[1].isnan().all() and result[[0, 2]].isfinite().all()
 
+    @pytest.mark.parametrize("form", ["given", "given history known"])
+    @pytest.mark.parametrize("row_steps", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_operands_with_coefficient_zero_do_not_count(self, backend, form, row_steps, dtype):
+        """Row 2 of the table uses neither noise nor history, so the samples at it may hold anything there."""
+        for elements in (59, 1024):
+            call = step_call((3, elements), dtype, form, DEVICE)
+            call["rows"][2, 7] = 0.0
+            call["step"] = torch.tensor([2, 3, 2], device=DEVICE) if row_steps else 2
+            expected = native_step(backend, call)
+            for operand, junk in ((call["args"][0], float("inf")), (call["history"], float("nan"))):
+                if operand is not None:
+                    operand[::2] = junk
+            for result, clean in zip(native_step(backend, call), expected, strict=True):
+                assert torch.equal(result, clean)
+
     def test_nan_passes_the_bounds(self, backend):
         call = step_call((2, 59), torch.float32, "threshold", DEVICE)
         call["x"][0, 7] = float("nan")

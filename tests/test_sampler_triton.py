@@ -121,6 +121,21 @@ class TestInterpreted:
             other, _ = native_step("triton", {**call, "step": row, "args": key_args(2, "cpu", True)})
             assert torch.equal(first, other) == (row == 2), "row 1 puts noise on known pixels, row 2 none at all"
 
+    @pytest.mark.parametrize("form", ["given", "given history known"])
+    @pytest.mark.parametrize("row_steps", [False, True])
+    def test_operands_with_coefficient_zero_do_not_count(self, form, row_steps):
+        """Row 2 of the table uses neither noise nor history, so the samples at it may hold anything there."""
+        for elements in (59, 1024):
+            call = step_call((3, elements), torch.float32, form)
+            call["rows"][2, 7] = 0.0
+            call["step"] = torch.tensor([2, 3, 2]) if row_steps else 2
+            expected = native_step("triton", call)
+            for operand, junk in ((call["args"][0], float("inf")), (call["history"], float("nan"))):
+                if operand is not None:
+                    operand[::2] = junk
+            for result, clean in zip(native_step("triton", call), expected, strict=True):
+                assert torch.equal(result, clean)
+
     @pytest.mark.parametrize("bad", [-1, 6, 1 << 40])
     def test_index_out_of_range_gives_nan(self, bad):
         call = step_call((3, 59), torch.float32, "drawn row_steps known threshold")

@@ -11,19 +11,13 @@ from torch import Tensor
 from dgm_kernels import (
     NoiseKey,
     Schedule,
-    backends,
     noise_like,
     sample,
     sampler_step,
     tables,
     use_backend,
 )
-from tests.cases import VP, StepCase
-
-NATIVE = [name for name in ("cpp",) if backends()[name].startswith("available")]
-BACKENDS = ["reference", *NATIVE]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IDS = {"ids": lambda value: value.name if isinstance(value, StepCase) else None}
+from tests.cases import BACKENDS, NATIVE, VP
 
 
 def gaussian_denoiser(schedule: Schedule, prediction: str, mean: float = 0.5, std: float = 0.3) -> Any:

@@ -49,6 +49,11 @@ DGM_INLINE float to_float(int32_t x) { return __int2float_rn(x); }
 
 DGM_INLINE float select_odd(uint32_t number, float odd, float even) { return number & 1u ? odd : even; }
 
+// x, its sign flipped where the top bit of `pattern` is set.
+DGM_INLINE float flip_sign(float x, uint32_t pattern) {
+  return __uint_as_float(__float_as_uint(x) ^ (pattern & 0x80000000u));
+}
+
 // Keep NaN: a comparison with it is false.
 DGM_INLINE float at_least(float x, float bound) { return bound > x ? bound : x; }
 

@@ -130,6 +130,8 @@ DGM_INLINE void load_step(const StepArgs& a, int64_t index, int count, StepUnit<
   }
 }
 
+// History and noise do not count where their coefficient is 0, even if they are NaN there. They are loaded all the same:
+// a load that waits for the coefficient would delay every other step.
 template <class Access, bool kPlain>
 DGM_INLINE void step_unit(const StepArgs& a, const StepRow& r, const StepUnit<Access, kPlain>& in, float bound,
                           const float (&noise)[Access::kUnit], int64_t index, int count) {
@@ -148,17 +150,18 @@ DGM_INLINE void step_unit(const StepArgs& a, const StepRow& r, const StepUnit<Ac
     next[i] = affine(r, x[i], x0[i], m[i]);
   }
   if constexpr (!kPlain) {
-    if (a.history.data) {
+    if (a.history.data && r.ah != 0.0f) {
       Access::expand(in.history, a.history, v);
       for (int i = 0; i < kUnit; ++i) next[i] += r.ah * v[i];
     }
   }
-  for (int i = 0; i < kUnit; ++i) next[i] += r.an * noise[i];
+  if (r.an != 0.0f)
+    for (int i = 0; i < kUnit; ++i) next[i] += r.an * noise[i];
   if constexpr (!kPlain) {
     if (a.known.data) {
       Access::expand(in.known, a.known, v);
       Access::expand_mask(in.mask, a.mask, mask);
-      for (int i = 0; i < kUnit; ++i) next[i] = inpainted(r, next[i], v[i], mask[i], noise[i]);
+      for (int i = 0; i < kUnit; ++i) next[i] = inpainted(r, next[i], v[i], mask[i], r.sk != 0.0f ? noise[i] : 0.0f);
     }
     if (a.x0.data) Access::store(a.x0, index, count, x0);
   }

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -20,7 +20,7 @@ logger = logging.getLogger("dgm_kernels")
 NAMES = ("reference", "cpp", "cuda", "triton")
 _DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 _AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # bool: masks
 _forced: str | None = None
 
 
@@ -82,9 +82,9 @@ def backends() -> dict[str, str]:
     Example:
         >>> import dgm_kernels
         >>> dgm_kernels.backends()["reference"]
-        'available: any device, any dtype'
+        'available: any device; float64, float32, bfloat16, float16'
     """
-    state = {"reference": "available: any device, any dtype"}
+    state = {"reference": "available: any device; float64, float32, bfloat16, float16"}
     for name in NAMES[1:]:
         why = _why_unavailable(name)
         state[name] = f"unavailable: {why}" if why else f"available: {_describe(name)}"
@@ -122,15 +122,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def select(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for a call on this device and dtype.
+def select(device: torch.device, dtypes: Iterable[torch.dtype], refusal: str | None = None) -> str:
+    """The backend for a call on this device with operands of these dtypes.
+
+    Args:
+        refusal: why no native backend can take this call, if the op knows of a reason of its own.
 
     Raises:
         ValueError: a backend is forced that cannot take the call.
     """
     if _forced == "reference":
         return "reference"
-    refusal = _refusal(dtype)
+    refusal = refusal or _refusal(dtypes)
     if _forced is not None:
         devices = (*_DEVICES[_forced], "cpu") if _forced == "triton" and interpreted() else _DEVICES[_forced]
         if device.type not in devices:
@@ -160,10 +163,11 @@ def _find_best(device_type: str) -> str:
     return "reference"
 
 
-def _refusal(dtype: torch.dtype) -> str | None:
+def _refusal(dtypes: Iterable[torch.dtype]) -> str | None:
     """Why no native backend can take a call now."""
-    if dtype not in _NATIVE_DTYPES:
-        return f"{dtype} is computed by the reference"
+    for dtype in dtypes:
+        if dtype not in _NATIVE_DTYPES:
+            return f"{dtype} is computed by the reference"
     if forward_ad._current_level >= 0:
         return "forward-mode AD runs on the reference"
     if torch._C._functorch.maybe_current_level() is not None:

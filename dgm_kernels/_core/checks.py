@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def as_int(value: object) -> int | None:
+    """The number as an int, NumPy's integers too; None for anything else, bool and tensors among it."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
+
+
+def check_float(name: str, value: Tensor) -> None:
+    """``value`` has one of the floating-point dtypes that the ops take."""
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor of 16, 32 or 64 bits, got {value.dtype}")
 
 
 def check_batch(name: str, x: object) -> None:
     """``x`` is a floating-point tensor with a batch dimension."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    check_float(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
 
@@ -23,8 +41,7 @@ def check_like(name: str, value: object, x: Tensor, like: str) -> None:
     if value.shape != x.shape:
         raise ValueError(f"{name} must have the shape of {like}, {tuple(x.shape)}, got {tuple(value.shape)}")
     check_device(name, value, x, like)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    check_float(name, value)
 
 
 def check_device(name: str, value: Tensor, x: Tensor, like: str) -> None:
@@ -33,8 +50,12 @@ def check_device(name: str, value: Tensor, x: Tensor, like: str) -> None:
         raise ValueError(f"{name} must be on the device of {like}, {x.device}, got {value.device}")
 
 
-def check_index(name: str, value: object, x: Tensor, like: str, length: int, per_row: bool = False) -> None:
-    """``value`` indexes a table of ``length`` rows: an int in range, or an int64 tensor with one entry or one a row."""
+def check_index(name: str, value: object, x: Tensor, like: str, length: int, per_row: bool = False) -> int | Tensor:
+    """``value`` indexes a table of ``length`` rows: an int in range, or an int64 tensor with one entry or one a row.
+
+    Returns:
+        The int, or the tensor made contiguous.
+    """
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {value.dtype}")
@@ -42,8 +63,22 @@ def check_index(name: str, value: object, x: Tensor, like: str, length: int, per
         if tuple(value.shape) not in shapes:
             raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
         check_device(name, value, x, like)
-    elif per_row or isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        return value.contiguous()
+    number = None if per_row else as_int(value)
+    if number is None:
         kind = "an int64 tensor" if per_row else "an int or an int64 tensor"
         raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
-    elif not 0 <= value < length:
-        raise ValueError(f"{name} must be in [0, {length}), the rows of the table, got {value}")
+    if not 0 <= number < length:
+        raise ValueError(f"{name} must be in [0, {length}), the rows of the table, got {number}")
+    return number
+
+
+def check_values(name: str, index: int | Tensor, length: int) -> None:
+    """The entries of an index on the CPU are in range; another device is not awaited, and its kernels answer NaN."""
+    if not isinstance(index, Tensor) or not index.is_cpu or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.maybe_current_level() is not None:  # under vmap the values cannot be looked at
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= length:
+        raise ValueError(f"{name} must be in [0, {length}), the rows of the table, got {low if low < 0 else high}")

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import as_int
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -21,7 +23,7 @@ OpArgs = tuple[Tensor | None, Tensor | None, int, Tensor | None, int, Tensor | N
 NO_NOISE: OpArgs = (None, None, 0, None, 0, None, 0, -1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NoiseKey:
     """Names a block of noise; the same key gives the same numbers on every device and in every batch.
 
@@ -54,14 +56,17 @@ class NoiseKey:
     def __post_init__(self) -> None:
         for name, limit in (("seed", 1 << 64), ("first_sample", 1 << 56), ("step", 1 << 32), ("stream", 1 << 8)):
             value = getattr(self, name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name in ("seed", "step"):
                 _check_integers(name, value)
-            elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(
-                    f"{name} must be an int{'' if name == 'stream' else ' or an int64 tensor'}, got {value!r}"
-                )
-            elif not 0 <= value < limit:
-                raise ValueError(f"{name} must be in [0, 2**{limit.bit_length() - 1}), got {value}")
+                continue
+            number = as_int(value)
+            if number is None:
+                expected = "an int or an int64 tensor" if name in ("seed", "step") else "an int"
+                raise TypeError(f"{name} must be {expected}, got {value!r}")
+            if not 0 <= number < limit:
+                raise ValueError(f"{name} must be in [0, 2**{limit.bit_length() - 1}), got {number}")
+            if number is not value:
+                object.__setattr__(self, name, number)
         if self.samples is not None:
             _check_integers("samples", self.samples)
 

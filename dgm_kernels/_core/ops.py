@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .backends import extension, interpreted
 
@@ -54,3 +55,10 @@ def call(op: Callable[..., Any], needs_grad: bool, *args: Any) -> Any:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def call_inplace(op: Callable[..., Any], *args: Any, outputs: Sequence[Tensor | None]) -> None:
+    """Calls an op that writes to ``outputs``, its last arguments, and lets autograd know that they changed."""
+    call(op, False, *args, *outputs)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in outputs if tensor is not None])

@@ -33,8 +33,8 @@ except ImportError as error:
     ) from error
 
 from .. import SamplerTable, TrainingTable, add_noise, sampler_step
+from ..sampler.nodes import clean_and_noise_maps, pack_rows
 from ..sampler.table import SAMPLER_COLUMNS, TRAINING_COLUMNS
-from ..sampler.tables import clean_and_noise_maps, pack_rows
 
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "FastEulerDiscreteScheduler"]
 

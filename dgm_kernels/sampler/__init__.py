@@ -11,10 +11,10 @@ from torch.autograd import forward_ad
 
 from .._core import layout, ops
 from .._core.backends import select
-from .._core.checks import check_batch, check_index, check_like
-from .._core.noise import NO_NOISE, NoiseKey
+from .._core.checks import check_batch, check_index, check_like, check_values
+from .._core.noise import NO_NOISE, NoiseKey, OpArgs
 from . import op, reference, tables
-from .checks import check_guidance, check_history, check_known, check_out, check_training, noise_args
+from .checks import check_guidance, check_history, check_known, check_out, check_training, noise_args, writable
 from .schedule import Schedule
 from .table import SamplerTable, TrainingTable
 
@@ -56,7 +56,7 @@ def noise_like(x: Tensor, key: NoiseKey, *, distribution: str = "normal") -> Ten
     if not isinstance(key, NoiseKey):
         raise TypeError(f"key must be a NoiseKey, got {type(key).__name__}")
     args = noise_args(key, x)
-    backend = select(x.device, x.dtype)
+    backend = select(x.device, (x.dtype,))
     if backend == "reference":
         return reference.noise_like(x, args, _KINDS[distribution])
     return ops.call(op.noise_like[backend], False, _contiguous(x.detach()), *args, _KINDS[distribution])
@@ -90,7 +90,7 @@ def sampler_step(
         noise: a key (its step is added to ``step``), a tensor like ``x``, or None: a fresh seed from PyTorch's
             generator. Tables without noise ignore it, unless known pixels need it.
         history: like ``x``; what ``table.history`` names, for steps that use it.
-        guidance: ``(unconditional model output, scale)``.
+        guidance: ``(unconditional model output, scale)``; to ``torch.compile`` the scale is a constant.
         known: sample whose pixels are given; broadcasts to ``x``.
         mask: 1 (or True) where ``known`` is given, 0 where it is not, between to blend; broadcasts to ``x``.
         out: where to write the result (with ``return_x0`` a pair); may be ``x`` itself. Not with gradients.
@@ -108,30 +108,49 @@ def sampler_step(
     check_like("model_output", model_output, x, "x")
     if not isinstance(table, SamplerTable):
         raise TypeError(f"table must be a SamplerTable (see dgm_kernels.tables), got {type(table).__name__}")
-    check_index("step", step, x, "x", len(table))
+    step = check_index("step", step, x, "x", len(table))
     unconditional, scale = check_guidance(guidance, x)
     check_history(history, table, step, x)
     known, mask = check_known(known, mask, x)
-    args = noise_args(noise, x) if table.stochastic or known is not None else NO_NOISE
-    given: list[Any] = [x, model_output, args[0], history, unconditional, known, mask]
-    grad = _needs_grad(*given)
+    noisy = table.stochastic or known is not None
+    args = noise_args(noise, x) if noisy or noise is not None else NO_NOISE
+    tensors = [x, model_output, args[0] if noisy else None, history, unconditional, known, mask]
     if out is not None:
-        check_out(out, x, return_x0, grad)
-    backend = "reference" if mask is not None and mask.requires_grad else select(x.device, x.dtype)
-    order, (state, m, drawn, history, unconditional, known, mask) = _dense(given, args[-1] >= 0)
+        check_out(out, x, return_x0, _needs_grad(*tensors))
+    result = _run_step(tensors, table, step, args if noisy else NO_NOISE, scale, out, return_x0)
+    return result if out is None else out
+
+
+def _run_step(
+    tensors: list[Any],
+    table: SamplerTable,
+    step: int | Tensor,
+    args: OpArgs,
+    scale: float,
+    out: Tensor | tuple[Tensor, Tensor] | None,
+    return_x0: bool,
+) -> Any:
+    """The checked step on the best backend."""
+    x, mask = tensors[0], tensors[-1]
+    grad = _needs_grad(*tensors)
+    refusal = "the gradient of a mask is computed by the reference" if grad and _needs_grad(mask) else None
+    backend = select(x.device, (t.dtype for t in tensors if t is not None), refusal)
+    order, (state, m, drawn, history, unconditional, known, mask) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
-    threshold = _threshold(table, state, m, step, unconditional, scale)
     rows = _rows(table, x)
+    threshold = None
+    if table.dynamic_threshold is not None:
+        threshold = reference.dynamic_threshold(state, m, rows, step, unconditional, scale, *table.dynamic_threshold)
     if backend == "reference":
-        result = reference.sampler_step(
-            state, m, rows, step, args, history, unconditional, scale, known, mask, threshold
-        )
+        check_values("step", step, len(table))
+        options = (history, unconditional, scale, known, mask, threshold)
+        result: Any = reference.sampler_step(state, m, rows, step, args, *options)
         return _finish(result if return_x0 else result[0], x, order, out)
     index = (step, 0) if isinstance(step, Tensor) else (None, step)
     inputs = (state, m, rows, *index, *args, history, unconditional, scale, known, mask, threshold, table.clips)
-    if out is not None and order is None and _all_contiguous(out):
-        ops.call(op.sampler_step_out[backend], False, *inputs, *(out if return_x0 else (out, None)))
-        return out
+    if out is not None and order is None and writable(out, tensors):
+        pair = out if isinstance(out, tuple) else (out, None)
+        return ops.call_inplace(op.sampler_step_out[backend], *inputs, outputs=pair)
     result = ops.call(op.sampler_step[backend], grad, *inputs, return_x0)
     return _finish(result if return_x0 else result[0], x, order, out)
 
@@ -153,15 +172,16 @@ def add_noise(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Ten
 
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, equation 4.
     """
-    args = check_training(x0, table, t, noise)
-    grad = _needs_grad(x0, args[0])
-    order, (x, drawn) = _dense([x0, args[0]], args[-1] >= 0)
+    t, args = check_training(x0, table, t, noise)
+    tensors = [x0, args[0]]
+    backend = select(x0.device, (v.dtype for v in tensors if v is not None))
+    order, (x, drawn) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
-    backend = select(x0.device, x0.dtype)
     if backend == "reference":
+        check_values("t", t, len(table))
         result = reference.add_noise(x, _rows(table, x0), t, args)
     else:
-        result = ops.call(op.add_noise[backend], grad, x, table.rows_on(x0.device), t, *args)
+        result = ops.call(op.add_noise[backend], _needs_grad(*tensors), x, table.rows_on(x0.device), t, *args)
     return _finish(result, x0, order, None)
 
 
@@ -197,17 +217,19 @@ def denoising_loss(
 
     Source: Ho et al., 2020, equation 14; v: Salimans and Ho, 2022; score: Vincent, 2011.
     """
-    args = check_training(x0, table, t, noise)
+    t, args = check_training(x0, table, t, noise)
     check_like("model_output", model_output, x0, "x0")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if weight is not None:
         check_like("weight", weight, t, "t")
-    grad = _needs_grad(model_output, x0, args[0])
-    _, (m, x, drawn) = _dense([model_output, x0, args[0]], args[-1] >= 0)
+    tensors = [model_output, x0, args[0]]
+    grad = _needs_grad(*tensors)
+    backend = select(x0.device, (v.dtype for v in tensors if v is not None))
+    _, (m, x, drawn) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
-    backend = select(x0.device, torch.promote_types(x0.dtype, model_output.dtype))
     if backend == "reference":
+        check_values("t", t, len(table))
         loss, _ = reference.denoising_loss(m, x, _rows(table, x0), t, args)
     else:
         loss, _ = ops.call(op.denoising_loss[backend], grad, m, x, table.rows_on(x0.device), t, *args, grad)
@@ -239,7 +261,7 @@ def sample(
     Returns:
         The final state.
     """
-    if table.stochastic and noise is None:
+    if noise is None and (table.stochastic or known is not None):
         noise = NoiseKey.draw(device=x.device)
     times = table.times.to(device=x.device, dtype=torch.float32)
     scales = table.input_scale.tolist()
@@ -264,10 +286,6 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 def _contiguous(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
-
-
-def _all_contiguous(tensors: Tensor | tuple[Tensor, ...]) -> bool:
-    return all(t.is_contiguous() for t in (tensors if isinstance(tensors, tuple) else (tensors,)))
 
 
 def _dense(tensors: list[Any], drawn: bool) -> tuple[tuple[int, ...] | None, list[Any]]:
@@ -297,11 +315,3 @@ def _finish(result: Any, x: Tensor, order: tuple[int, ...] | None, out: Any) -> 
 
 def _rows(table: SamplerTable | TrainingTable, x: Tensor) -> Tensor:
     return table.rows64.to(x.device) if x.dtype == torch.float64 else table.rows_on(x.device)
-
-
-def _threshold(
-    table: SamplerTable, x: Tensor, m: Tensor, step: int | Tensor, unconditional: Tensor | None, scale: float
-) -> Tensor | None:
-    if table.dynamic_threshold is None:
-        return None
-    return reference.dynamic_threshold(x, m, _rows(table, x), step, unconditional, scale, *table.dynamic_threshold)

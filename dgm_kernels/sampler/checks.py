@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ def noise_args(noise: NoiseKey | Tensor | None, x: Tensor) -> OpArgs:
         check_device(f"noise.{name}", value, x, "x")
         if per_row and value.shape != x.shape[:1] and (name == "samples" or value.numel() != 1):
             raise ValueError(f"noise.{name} must have {x.shape[0]} entries, got shape {tuple(value.shape)}")
-    return args
+    return (*args[:3], contiguous(args[3]), args[4], contiguous(args[5]), *args[6:])
+
+
+def contiguous(value: Tensor | None) -> Tensor | None:
+    """Index tensors are small: a copy costs nothing."""
+    return None if value is None else value.contiguous()
 
 
 def check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Tensor | None, float]:
@@ -38,7 +44,7 @@ def check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Te
     if not isinstance(guidance, tuple) or len(guidance) != 2:
         raise TypeError("guidance must be a pair (unconditional model output, scale)")
     check_like("guidance[0]", guidance[0], x, "x")
-    if not isinstance(guidance[1], (int, float, torch.SymFloat)):
+    if not isinstance(guidance[1], (Real, torch.SymFloat)) or isinstance(guidance[1], bool):
         raise TypeError(f"guidance[1], the scale, must be a number, got {type(guidance[1]).__name__}")
     return guidance[0], float(guidance[1])
 
@@ -88,14 +94,40 @@ def check_out(out: Any, x: Tensor, return_x0: bool, grad: bool) -> None:
         check_like("out", tensor, x, "x")
         if tensor.dtype != x.dtype:
             raise TypeError(f"out must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError("out does not support gradients: out itself requires them")
+    if return_x0 and _overlap(*out):
+        raise ValueError("out must be two tensors that do not overlap in memory")
 
 
-def check_training(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> OpArgs:
-    """The arguments that the forward process and its loss share."""
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of memory of two dense tensors meet; under torch.compile, which copies, never."""
+    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0:
+        return False
+    first = [t.data_ptr() for t in (a, b)]
+    span = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) * t.element_size() for t in (a, b)]
+    return max(first) <= min(p + s for p, s in zip(first, span, strict=True))
+
+
+def writable(out: Tensor | tuple[Tensor, Tensor], tensors: list[Any]) -> bool:
+    """Whether a kernel may write to ``out`` directly: dense, and each input is that very memory or none of it."""
+    for target in out if isinstance(out, tuple) else (out,):
+        if not target.is_contiguous():
+            return False
+        for tensor in tensors:
+            if tensor is None or not _overlap(target, tensor):
+                continue
+            if tensor.data_ptr() != target.data_ptr() or tensor.dtype != target.dtype or isinstance(out, tuple):
+                return False
+    return True
+
+
+def check_training(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Tensor) -> tuple[Tensor, OpArgs]:
+    """The arguments that the forward process and its loss share; returns t and the noise as the op takes them."""
     check_batch("x0", x0)
     if not isinstance(table, TrainingTable):
         raise TypeError(f"table must be a TrainingTable (see tables.training), got {type(table).__name__}")
-    check_index("t", t, x0, "x0", len(table), per_row=True)
+    index = check_index("t", t, x0, "x0", len(table), per_row=True)
     if noise is None:
         raise TypeError("noise must be a NoiseKey or a tensor, got None: the loss has to draw the same noise again")
-    return noise_args(noise, x0)
+    return index, noise_args(noise, x0)  # type: ignore[return-value]

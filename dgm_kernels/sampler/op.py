@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._core import ops
 from .._core.noise import SCHEMA as _NOISE
-from .reference import per_row, per_sample, row_of
+from .reference import per_row, per_sample, predict, row_of
 
 _TRITON = "dgm_kernels.sampler.triton"
 _STEP_INPUTS = (
@@ -54,33 +54,24 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _step_backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Any, ...]:
     """Gradients of the affine step. Saves x and the model output only where x0 is bounded."""
-    rows, step_tensor, mask, x, m, unconditional, threshold = ctx.saved_tensors
-    like = grad
-    row = row_of(rows, ctx.step if step_tensor is None else step_tensor, like)
-    px, pm, lo, hi, ax, a0, am, ah, an, ak, sk, _ = row
+    rows, step_tensor, mask, *bounded = ctx.saved_tensors
+    row = row_of(rows, ctx.step if step_tensor is None else step_tensor, grad)
+    px, pm, _, _, ax, a0, am, ah, an, ak, sk, _ = row
     g = grad.to(torch.float32)
     share = None if mask is None else g * mask
     g = g if share is None else g - share
     g_x0 = a0 * g + grad_x0 if ctx.with_x0 else a0 * g
     g_threshold = None
-    if x is not None:
-        mixed = m if unconditional is None else unconditional + ctx.scale * (m.float() - unconditional)
-        raw = px * x + pm * mixed
-        s = None if threshold is None else per_sample(threshold, like)
-        inside = (raw >= lo) & (raw <= hi) if s is None else raw.abs() <= s
-        g_x0 = g_x0 * inside
-        if s is not None:
-            g_threshold = -per_row(g_x0 * raw).sum(1) / threshold**2
-            g_x0 = g_x0 / s
+    if bounded[0] is not None:
+        g_x0, g_threshold = _bounds_backward(g_x0, row, ctx.scale, *bounded)
     g_m = am * g + pm * g_x0
-    scale = ctx.scale
     guided = "unconditional" in ctx.dtypes
     grads = {
         "x": ax * g + px * g_x0,
-        "m": scale * g_m if guided else g_m,
+        "m": ctx.scale * g_m if guided else g_m,
         "noise": an * g if share is None else an * g + sk * share,
         "history": ah * g,
-        "unconditional": (1 - scale) * g_m,
+        "unconditional": (1 - ctx.scale) * g_m,
         "known": None if share is None else ak * share,
     }
     out = {k: grads[k].to(d) for k, d in ctx.dtypes.items() if grads[k] is not None}
@@ -89,6 +80,24 @@ def _step_backward(ctx: Any, grad: Tensor, grad_x0: Tensor) -> tuple[Any, ...]:
         *(out["x"], out["m"], None, None, None, out.get("noise"), *[None] * 7),
         *(out.get("history"), out.get("unconditional"), None, out.get("known"), None, g_threshold, None, None),
     )
+
+
+def _bounds_backward(
+    grad: Tensor,
+    row: tuple[Tensor, ...],
+    scale: float,
+    x: Tensor,
+    m: Tensor,
+    unconditional: Tensor | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """From the gradient of the bounded x0 to that of the unbounded one and of the threshold."""
+    _, raw = predict(x, m, row, unconditional, scale)
+    if threshold is None:
+        return grad * ((raw >= row[2]) & (raw <= row[3])), None
+    s = per_sample(threshold, raw)
+    inside = grad * (raw.abs() <= s)
+    return inside / s, -per_row(inside * raw).sum(1) / threshold**2
 
 
 def _fake_add_noise(x0: Tensor, *args: Any) -> Tensor:

@@ -28,7 +28,7 @@ def _compute(x: Tensor) -> Tensor:
     return x.to(torch.float32) if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _predict(
+def predict(
     x: Tensor, model_output: Tensor, row: tuple[Tensor, ...], unconditional: Tensor | None, guidance_scale: float
 ) -> tuple[Tensor, Tensor]:
     """The guided model output and the unbounded x0 = px x + pm m."""
@@ -37,6 +37,11 @@ def _predict(
         mu = _compute(unconditional)
         m = mu + guidance_scale * (m - mu)
     return m, row[0] * _compute(x) + row[1] * m
+
+
+def _scaled(coefficient: Tensor, operand: Tensor) -> Tensor:
+    """A coefficient of 0 means that the operand is not read: it may hold anything, NaN too."""
+    return torch.where(coefficient != 0, coefficient * operand, 0.0)
 
 
 def row_of(rows: Tensor, step: int | Tensor, like: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +81,7 @@ def sampler_step(
     """``x0 = clip(px x + pm m, lo, hi)``, ``x' = ax x + a0 x0 + am m + ah history + an noise``; returns (x', x0)."""
     row = row_of(rows, step, x)
     _, _, lo, hi, ax, a0, am, ah, an, ak, sk, _ = row
-    m, x0 = _predict(x, model_output, row, unconditional, guidance_scale)
+    m, x0 = predict(x, model_output, row, unconditional, guidance_scale)
     if threshold is None:
         x0 = torch.clamp(x0, lo, hi)
     else:
@@ -84,12 +89,12 @@ def sampler_step(
         x0 = torch.clamp(x0, -s, s) / s
     new = ax * _compute(x) + a0 * x0 + am * m
     if history is not None:
-        new = new + ah * _compute(history)
+        new = new + _scaled(ah, _compute(history))
     noise = _given_or_drawn(x, args, step) if args[0] is not None or args[-1] >= 0 else None
     if noise is not None:
-        new = new + an * noise
+        new = new + _scaled(an, noise)
     if known is not None and mask is not None:
-        goal = ak * _compute(known) + (0.0 if noise is None else sk * noise)
+        goal = ak * _compute(known) + (0.0 if noise is None else _scaled(sk, noise))
         new = new + mask.to(new.dtype) * (goal - new)
     return new.to(x.dtype), x0.to(x.dtype)
 
@@ -105,8 +110,10 @@ def dynamic_threshold(
     largest: float,
 ) -> Tensor:
     """``clamp(quantile of |x0| within a sample, 1, largest)``, ``[batch]``; the quantile interpolates linearly."""
-    _, x0 = _predict(x, model_output, row_of(rows, step, x), unconditional, guidance_scale)
+    _, x0 = predict(x, model_output, row_of(rows, step, x), unconditional, guidance_scale)
     size = per_row(x0).abs()
+    if size.shape[1] == 0:
+        return size.new_ones(size.shape[0])
     last = size.shape[1] - 1
     below = math.floor(quantile * last)  # rank of the number under the quantile
     top = size.topk(last + 1 - below, dim=1).values  # the numbers from that rank up, largest first

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._core.checks import as_int
+
 
 def _checked_betas(betas: Sequence[float] | Tensor) -> Tensor:
     values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
@@ -87,6 +89,11 @@ class Schedule:
         """
         values = _checked_betas(betas)
         cumprod = torch.cumprod(1.0 - values, 0)
+        if float(cumprod[0]) == 1.0:
+            raise ValueError(f"betas[0] = {float(values[0]):g} is too small: alphas_cumprod is 1, so no noise is added")
+        if float(cumprod[-1].sqrt()) < torch.finfo(torch.float32).tiny:
+            step = int((cumprod.sqrt() < torch.finfo(torch.float32).tiny).int().argmax())
+            raise ValueError(f"betas are too large: alphas_cumprod[{step}] is 0 in float32, so no signal is left")
         times = torch.arange(values.numel(), dtype=torch.float64)
         return cls("vp", cumprod.sqrt(), (1.0 - cumprod).sqrt(), times, values)
 
@@ -147,10 +154,16 @@ class Schedule:
         return cls("flow", t, 1.0 - t, t)
 
 
+def positive_int(name: str, value: object) -> int:
+    """``value`` as an int that is at least 1."""
+    number = as_int(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return number
+
+
 def _count(steps: int) -> int:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive int, got {steps!r}")
-    return steps
+    return positive_int("steps", steps)
 
 
 def _range(low_name: str, low: float, high_name: str, high: float) -> None:

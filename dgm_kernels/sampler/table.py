@@ -25,7 +25,9 @@ class _Table:
     _on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._on_device[torch.device("cpu")] = self.rows64.to(torch.float32)
+        with torch.inference_mode(False):  # a table made for sampling must serve training too
+            object.__setattr__(self, "rows64", self.rows64.clone())
+            self._on_device[torch.device("cpu")] = self.rows64.to(torch.float32)
 
     def __len__(self) -> int:
         return self.rows64.shape[0]
@@ -42,9 +44,10 @@ class _Table:
         """
         rows = self._on_device.get(device)
         if rows is None:
-            rows = self.rows.to(device)
-            if not torch.compiler.is_compiling():
-                self._on_device[device] = rows
+            if torch.compiler.is_compiling():
+                return self.rows.to(device)
+            with torch.inference_mode(False):
+                self._on_device[device] = rows = self.rows.to(device)
         return rows
 
 

@@ -6,15 +6,27 @@ node. A model's output ``m`` becomes ``x0 = px x + pm m`` and ``eps = ex x + em 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
-from .table import PREDICTIONS, SAMPLER_COLUMNS, TRAINING_COLUMNS, SamplerTable, TrainingTable
+from .nodes import (
+    Clip,
+    Nodes,
+    Threshold,
+    alternate,
+    check_kind,
+    check_prediction,
+    check_threshold,
+    make_nodes,
+    make_table,
+    pack_rows,
+    posterior,
+    step_rows,
+)
+from .schedule import Schedule, positive_int
+from .table import TRAINING_COLUMNS, SamplerTable, TrainingTable
 
 __all__ = [
     "annealed_langevin",
@@ -32,150 +44,6 @@ __all__ = [
     "training",
 ]
 
-Clip = float | tuple[float, float] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Nodes:
-    """The nodes of a trajectory, noisiest first; the last one is where it ends."""
-
-    alpha: Tensor
-    sigma: Tensor
-    times: Tensor
-    px: Tensor
-    pm: Tensor
-    ex: Tensor
-    em: Tensor
-    scale: Tensor
-
-    def here(self, name: str) -> Tensor:
-        return getattr(self, name)[:-1]
-
-    def next(self, name: str) -> Tensor:
-        return getattr(self, name)[1:]
-
-    def unscaled(self) -> _Nodes:
-        """The same nodes for the state ``x / alpha``, in which every process has alpha = 1."""
-        a = self.alpha
-        return dataclasses.replace(
-            self, alpha=torch.ones_like(a), sigma=self.sigma / a, px=self.px * a, ex=self.ex * a, scale=self.scale * a
-        )
-
-
-def clean_and_noise_maps(prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``px, pm, ex, em`` such that ``x0 = px x + pm m`` and ``eps = ex x + em m`` for what the model predicts."""
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    size2 = alpha**2 + sigma**2
-    if prediction == "eps":
-        return 1 / alpha, -sigma / alpha, zero, one
-    if prediction == "x0":
-        return zero, one, 1 / sigma, -alpha / sigma
-    if prediction == "v":  # v = (alpha eps - sigma x0) / |(alpha, sigma)|; the norm is 1 if variance is preserved
-        return alpha / size2, -sigma / size2.sqrt(), sigma / size2, alpha / size2.sqrt()
-    if prediction == "score":
-        return 1 / alpha, sigma**2 / alpha, zero, -sigma
-    return one, sigma, one, -alpha  # velocity x0 - eps of x = alpha x0 + (1 - alpha) eps
-
-
-def _check_prediction(prediction: str, schedule: Schedule) -> None:
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-    if (prediction == "velocity") != (schedule.kind == "flow"):
-        raise ValueError(
-            f"prediction 'velocity' goes with Schedule.flow and only with it, got {prediction!r} with a schedule of "
-            f"kind {schedule.kind!r}"
-        )
-
-
-def _check_kind(sampler: str, schedule: Schedule, *kinds: str) -> None:
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
-    if schedule.kind not in kinds:
-        raise ValueError(f"{sampler} takes a schedule of kind {' or '.join(map(repr, kinds))}, got {schedule.kind!r}")
-
-
-def timesteps(length: int, steps: int | None, spacing: str) -> Tensor:
-    """Indices into a schedule of ``length`` entries, noisiest first (diffusers' names for the spacings)."""
-    if steps is None:
-        return torch.arange(length - 1, -1, -1)
-    if not isinstance(steps, int) or not 1 <= steps <= length:
-        raise ValueError(f"steps must be an int in [1, {length}] (the length of the schedule), got {steps!r}")
-    if spacing == "leading":
-        return (torch.arange(steps) * (length // steps)).flip(0)
-    if spacing == "linspace":
-        return torch.linspace(0, length - 1, steps, dtype=torch.float64).round().long().flip(0)
-    if spacing == "trailing":
-        return (length - torch.arange(steps, dtype=torch.float64) * length / steps).round().long() - 1
-    raise ValueError(f"spacing must be 'leading', 'linspace' or 'trailing', got {spacing!r}")
-
-
-def _nodes(schedule: Schedule, steps: int | None, prediction: str, spacing: str | None, final: str = "one") -> _Nodes:
-    """The chosen entries of the schedule, then where the trajectory ends: the clean sample or the first entry."""
-    _check_prediction(prediction, schedule)
-    if final not in ("one", "first"):
-        raise ValueError(
-            f"final must be 'one' (the clean sample) or 'first' (the schedule's first entry), got {final!r}"
-        )
-    spacing = spacing or {"vp": "leading", "ve": "linspace", "flow": "trailing"}[schedule.kind]
-    index = timesteps(len(schedule), steps, spacing)
-    index = torch.cat([index, index.new_zeros(1)])
-    alpha, sigma = schedule.alpha_t[index], schedule.sigma_t[index]
-    if final == "one":
-        alpha[-1], sigma[-1] = 1.0, 0.0
-    maps = clean_and_noise_maps(prediction, alpha, sigma)
-    return _Nodes(alpha, sigma, schedule.times[index], *maps, scale=torch.ones_like(alpha))
-
-
-def _bounds(clip: Clip) -> tuple[float, float]:
-    low, high = (-math.inf, math.inf) if clip is None else (-clip, clip) if not isinstance(clip, tuple) else clip
-    if not low < high:
-        raise ValueError(f"clip must be a positive number or a pair (low, high) with low < high, got {clip!r}")
-    return low, high
-
-
-def pack_rows(count: int, clip: Clip = None, **columns: Tensor | float) -> Tensor:
-    """``count`` rows from their columns (see ``SAMPLER_COLUMNS``); columns that are not given are 0."""
-    low, high = _bounds(clip)
-    values = {"lo": low, "hi": high, **columns}
-    full = [torch.as_tensor(values.get(name, 0.0), dtype=torch.float64).expand(count) for name in SAMPLER_COLUMNS]
-    return torch.stack(full, dim=1)
-
-
-def _step_rows(nodes: _Nodes, clip: Clip, **columns: Tensor | float) -> Tensor:
-    """One row from every node to the next."""
-    here = {"px": nodes.here("px"), "pm": nodes.here("pm")}
-    goal = {"ak": nodes.next("alpha"), "sk": nodes.next("sigma")}
-    return pack_rows(len(nodes.alpha) - 1, clip, **here, **goal, **columns)
-
-
-def _check_threshold(value: float | tuple[float, float] | None) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    quantile, largest = value if isinstance(value, tuple) else (value, 1.0)
-    if not 0 < quantile <= 1 or not largest >= 1:
-        raise ValueError(
-            "dynamic_threshold must be a quantile in (0, 1] or a pair (quantile, largest) with largest >= 1, "
-            f"got {value!r}"
-        )
-    return quantile, largest
-
-
-def _table(name: str, prediction: str, nodes: _Nodes, rows: Tensor, **fields: object) -> SamplerTable:
-    """Packs rows that go from node to node, one for each."""
-    fields.setdefault("times", nodes.here("times"))
-    fields.setdefault("input_scale", nodes.here("scale"))
-    threshold = _check_threshold(fields.pop("dynamic_threshold", None))  # type: ignore[arg-type]
-    start = math.hypot(float(nodes.alpha[0]), float(nodes.sigma[0]))
-    sigma = 1.0 if start < 1.0 + 1e-6 else float(nodes.sigma[0])
-    return SamplerTable(name, prediction, rows, initial_sigma=sigma, dynamic_threshold=threshold, **fields)  # type: ignore[arg-type]
-
-
-def _posterior(nodes: _Nodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean coefficients of q(x' | x, x0), its variance, and the variance the forward step adds."""
-    a, s, a1, s1 = nodes.here("alpha"), nodes.here("sigma"), nodes.next("alpha"), nodes.next("sigma")
-    added = s**2 - (s1 * a / a1) ** 2
-    return a / a1 * s1**2 / s**2, a1 * added / s**2, added * s1**2 / s**2, added
-
 
 def ddpm(
     schedule: Schedule,
@@ -184,7 +52,7 @@ def ddpm(
     prediction: str = "eps",
     variance: str = "fixed_small",
     clip: Clip = None,
-    dynamic_threshold: float | tuple[float, float] | None = None,
+    dynamic_threshold: Threshold = None,
     spacing: str | None = None,
 ) -> SamplerTable:
     """Ancestral sampling (Ho et al., "Denoising Diffusion Probabilistic Models", 2020).
@@ -198,17 +66,18 @@ def ddpm(
         prediction: what the model predicts.
         variance: ``"fixed_small"`` (that of the posterior) or ``"fixed_large"`` (``b``).
         clip: bound on x0: a number c for [-c, c], or a pair.
-        dynamic_threshold: quantile of ``|x0|`` a sample is clipped to and divided by, or (quantile, largest).
+        dynamic_threshold: quantile q of ``|x0|``; a sample is clipped to ``s = max(q-quantile, 1)`` and divided by it;
+            a pair (q, largest) bounds s (Saharia et al., "Imagen", 2022). In place of ``clip``.
         spacing: ``"leading"``, ``"linspace"`` or ``"trailing"``.
     """
-    _check_kind("ddpm", schedule, "vp")
-    nodes = _nodes(schedule, steps, prediction, spacing)
-    ax, a0, small, large = _posterior(nodes)
+    check_kind("ddpm", schedule, "vp")
+    nodes = make_nodes(schedule, steps, prediction, spacing)
+    ax, a0, small, large = posterior(nodes)
     if variance not in ("fixed_small", "fixed_large"):
         raise ValueError(f"variance must be 'fixed_small' or 'fixed_large', got {variance!r}")
     an = (small if variance == "fixed_small" else large).sqrt() * (nodes.next("sigma") > 0)
-    rows = _step_rows(nodes, clip, ax=ax, a0=a0, an=an)
-    return _table("ddpm", prediction, nodes, rows, dynamic_threshold=dynamic_threshold)
+    rows = step_rows(nodes, clip, ax=ax, a0=a0, an=an)
+    return make_table("ddpm", prediction, nodes, rows, dynamic_threshold=check_threshold(dynamic_threshold, clip))
 
 
 def ddim(
@@ -218,7 +87,7 @@ def ddim(
     eta: float = 0.0,
     prediction: str = "eps",
     clip: Clip = None,
-    dynamic_threshold: float | tuple[float, float] | None = None,
+    dynamic_threshold: Threshold = None,
     spacing: str | None = None,
     final: str = "one",
     use_clipped_model_output: bool = False,
@@ -231,19 +100,19 @@ def ddim(
     Args: as for :func:`ddpm`, and
         final: ``"one"`` ends on the clean sample, ``"first"`` on the schedule's first entry.
     """
-    _check_kind("ddim", schedule, "vp", "ve", "flow")
+    check_kind("ddim", schedule, "vp", "ve", "flow")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta!r}")
-    nodes = _nodes(schedule, steps, prediction, spacing, final)
-    noise = eta * _posterior(nodes)[2].sqrt()
+    nodes = make_nodes(schedule, steps, prediction, spacing, final)
+    noise = eta * posterior(nodes)[2].sqrt()
     eps = (nodes.next("sigma") ** 2 - noise**2).clamp(min=0).sqrt()
     if use_clipped_model_output:
         ratio = eps / nodes.here("sigma")
         columns = {"ax": ratio, "a0": nodes.next("alpha") - ratio * nodes.here("alpha")}
     else:
         columns = {"ax": eps * nodes.here("ex"), "am": eps * nodes.here("em"), "a0": nodes.next("alpha")}
-    rows = _step_rows(nodes, clip, an=noise, **columns)
-    return _table("ddim", prediction, nodes, rows, dynamic_threshold=dynamic_threshold)
+    rows = step_rows(nodes, clip, an=noise, **columns)
+    return make_table("ddim", prediction, nodes, rows, dynamic_threshold=check_threshold(dynamic_threshold, clip))
 
 
 def euler(
@@ -258,10 +127,10 @@ def euler(
 
     The state is ``x / alpha``; multiply it by ``table.input_scale[step]`` before the model sees it.
     """
-    _check_kind("euler", schedule, "vp", "ve")
-    nodes = _nodes(schedule, steps, prediction, spacing).unscaled()
+    check_kind("euler", schedule, "vp", "ve")
+    nodes = make_nodes(schedule, steps, prediction, spacing).unscaled()
     ratio = nodes.next("sigma") / nodes.here("sigma")
-    return _table("euler", prediction, nodes, _step_rows(nodes, clip, ax=ratio, a0=1 - ratio))
+    return make_table("euler", prediction, nodes, step_rows(nodes, clip, ax=ratio, a0=1 - ratio))
 
 
 def euler_ancestral(
@@ -278,21 +147,14 @@ def euler_ancestral(
     ``sigma_up = min(sigma', eta sqrt(sigma'^2 (sigma^2 - sigma'^2) / sigma^2))``,
     ``sigma_down^2 = sigma'^2 - sigma_up^2``.
     """
-    _check_kind("euler_ancestral", schedule, "vp", "ve")
+    check_kind("euler_ancestral", schedule, "vp", "ve")
     if not eta >= 0:
         raise ValueError(f"eta must be non-negative, got {eta!r}")
-    nodes = _nodes(schedule, steps, prediction, spacing).unscaled()
+    nodes = make_nodes(schedule, steps, prediction, spacing).unscaled()
     here, then = nodes.here("sigma"), nodes.next("sigma")
     up = torch.minimum(then, eta * (then**2 * (here**2 - then**2) / here**2).sqrt())
     ratio = (then**2 - up**2).clamp(min=0).sqrt() / here
-    return _table("euler_ancestral", prediction, nodes, _step_rows(nodes, clip, ax=ratio, a0=1 - ratio, an=up))
-
-
-def _alternate(first: Tensor, second: Tensor, repeats: int = 1) -> Tensor:
-    """Each entry of ``first``, then ``repeats`` copies of the entry of ``second``, then what ``first`` has more."""
-    count = len(second)
-    groups = torch.cat([first[:count, None], second[:, None].repeat_interleave(repeats, 1)], dim=1)
-    return torch.cat([groups.flatten(0, 1), first[count:]])
+    return make_table("euler_ancestral", prediction, nodes, step_rows(nodes, clip, ax=ratio, a0=1 - ratio, an=up))
 
 
 def heun(
@@ -308,18 +170,18 @@ def heun(
     Two rows a step: Euler to the next node, then the mean of both slopes, for which ``history`` is the state that the
     Euler row started from. The last step, to sigma = 0, is Euler alone: ``2 steps - 1`` rows.
     """
-    _check_kind("heun", schedule, "vp", "ve")
-    nodes = _nodes(schedule, steps, prediction, spacing).unscaled()
+    check_kind("heun", schedule, "vp", "ve")
+    nodes = make_nodes(schedule, steps, prediction, spacing).unscaled()
     here, then = nodes.here("sigma"), nodes.next("sigma")
     ratio = then / here
-    first = _step_rows(nodes, clip, ax=ratio, a0=1 - ratio)
+    first = step_rows(nodes, clip, ax=ratio, a0=1 - ratio)
     half = (then - here)[:-1] / (2 * then[:-1])
     at_next = {name: nodes.next(name)[:-1] for name in ("px", "pm")}
     second = pack_rows(
         len(half), clip, **at_next, ah=0.5, ax=0.5 + half, a0=-half, ak=nodes.next("alpha")[:-1], sk=then[:-1]
     )
-    fields = {name: _alternate(nodes.here(key), nodes.next(key)[:-1]) for name, key in _PER_ROW}
-    return _table("heun", prediction, nodes, _alternate(first, second), history="x", **fields)
+    fields = {name: alternate(nodes.here(key), nodes.next(key)[:-1]) for name, key in _PER_ROW}
+    return make_table("heun", prediction, nodes, alternate(first, second), history="x", **fields)
 
 
 _PER_ROW = (("times", "times"), ("input_scale", "scale"))
@@ -331,7 +193,7 @@ def dpmpp_2m(
     *,
     prediction: str = "eps",
     clip: Clip = None,
-    dynamic_threshold: float | tuple[float, float] | None = None,
+    dynamic_threshold: Threshold = None,
     spacing: str | None = None,
 ) -> SamplerTable:
     """Second-order multistep DPM-Solver++ (Lu et al., 2022, Algorithm 2), one model call a step.
@@ -339,27 +201,27 @@ def dpmpp_2m(
     ``x' = sigma'/sigma x - alpha' (e^-h - 1) ((1 + 1/2r) x0 - 1/2r history)`` with ``h`` the step in
     ``log(alpha/sigma)`` and ``r`` the ratio of the last two. The first step and the step to sigma = 0 are first order.
     """
-    _check_kind("dpmpp_2m", schedule, "vp", "ve")
-    nodes = _nodes(schedule, steps, prediction, spacing)
+    check_kind("dpmpp_2m", schedule, "vp", "ve")
+    nodes = make_nodes(schedule, steps, prediction, spacing)
     log_ratio = (nodes.alpha / nodes.sigma).log()
     h = log_ratio.diff()
     extra = torch.zeros_like(h)
     extra[1:] = h[1:] / (2 * h[:-1])
     extra[~h.isfinite()] = 0.0
     gain = -nodes.next("alpha") * torch.expm1(-h)
-    rows = _step_rows(
-        nodes, clip, ax=nodes.next("sigma") / nodes.here("sigma"), a0=gain * (1 + extra), ah=-gain * extra
+    rows = step_rows(nodes, clip, ax=nodes.next("sigma") / nodes.here("sigma"), a0=gain * (1 + extra), ah=-gain * extra)
+    return make_table(
+        "dpmpp_2m", prediction, nodes, rows, history="x0", dynamic_threshold=check_threshold(dynamic_threshold, clip)
     )
-    return _table("dpmpp_2m", prediction, nodes, rows, history="x0", dynamic_threshold=dynamic_threshold)
 
 
-def _reverse_columns(nodes: _Nodes, score_share: float) -> tuple[Tensor, Tensor, Tensor]:
+def _reverse_columns(nodes: Nodes, score_share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Reverse diffusion: ``ax, a0`` and the noise's standard deviation; ``score_share`` 1 for the SDE, 1/2 for the ODE.
 
     With ``f`` the drift and ``g2`` the variance of the forward step, ``x' = x - f + share g2 score + sqrt(g2) noise``.
     """
     a, s, a1 = nodes.here("alpha"), nodes.here("sigma"), nodes.next("alpha")
-    added = _posterior(nodes)[3]
+    added = posterior(nodes)[3]
     pull = score_share * added / s**2  # score = (alpha x0 - x) / sigma^2
     return 2 - a / a1 - pull, pull * a, added.sqrt()
 
@@ -378,11 +240,11 @@ def reverse_sde(
     VE: ``x' = x + g score + sqrt(g) noise`` with ``g = sigma^2 - sigma'^2``.
     The last step adds no noise.
     """
-    _check_kind("reverse_sde", schedule, "vp", "ve")
-    nodes = _nodes(schedule, steps, prediction, spacing)
+    check_kind("reverse_sde", schedule, "vp", "ve")
+    nodes = make_nodes(schedule, steps, prediction, spacing)
     ax, a0, an = _reverse_columns(nodes, 1.0)
-    rows = _step_rows(nodes, clip, ax=ax, a0=a0, an=an * (nodes.next("sigma") > 0))
-    return _table("reverse_sde", prediction, nodes, rows)
+    rows = step_rows(nodes, clip, ax=ax, a0=a0, an=an * (nodes.next("sigma") > 0))
+    return make_table("reverse_sde", prediction, nodes, rows)
 
 
 def probability_flow(
@@ -394,13 +256,13 @@ def probability_flow(
     spacing: str | None = None,
 ) -> SamplerTable:
     """The deterministic process with the SDE's marginals: :func:`reverse_sde` with half the score and no noise."""
-    _check_kind("probability_flow", schedule, "vp", "ve")
-    nodes = _nodes(schedule, steps, prediction, spacing)
+    check_kind("probability_flow", schedule, "vp", "ve")
+    nodes = make_nodes(schedule, steps, prediction, spacing)
     ax, a0, _ = _reverse_columns(nodes, 0.5)
-    return _table("probability_flow", prediction, nodes, _step_rows(nodes, clip, ax=ax, a0=a0))
+    return make_table("probability_flow", prediction, nodes, step_rows(nodes, clip, ax=ax, a0=a0))
 
 
-def _langevin_rows(nodes: _Nodes, part: Callable[[str], Tensor], size: Tensor, clip: Clip) -> Tensor:
+def _langevin_rows(nodes: Nodes, part: Callable[[str], Tensor], size: Tensor, clip: Clip) -> Tensor:
     """``x' = x + size score + sqrt(2 size) noise`` at the nodes that ``part`` picks."""
     alpha, sigma = part("alpha"), part("sigma")
     pull = size / sigma**2
@@ -427,13 +289,12 @@ def annealed_langevin(
         steps_per_level: steps at every level.
         step_size: step at the quietest level.
     """
-    _check_kind("annealed_langevin", schedule, "ve")
-    if not isinstance(steps_per_level, int) or steps_per_level < 1:
-        raise ValueError(f"steps_per_level must be a positive int, got {steps_per_level!r}")
+    check_kind("annealed_langevin", schedule, "ve")
+    steps_per_level = positive_int("steps_per_level", steps_per_level)
     limit = 4 * float(schedule.sigma_t[0]) ** 2
     if not 0 < step_size < limit:
         raise ValueError(f"step_size must be in (0, 4 sigma_min^2) = (0, {limit:g}), else x grows, got {step_size!r}")
-    nodes = _nodes(schedule, None, prediction, None)
+    nodes = make_nodes(schedule, None, prediction, None)
     size = 0.5 * step_size * (nodes.here("sigma") / schedule.sigma_t[0]) ** 2
     rows = _langevin_rows(nodes, nodes.here, size, clip).repeat_interleave(steps_per_level, 0)
     fields = {name: nodes.here(key).repeat_interleave(steps_per_level) for name, key in _PER_ROW}
@@ -441,7 +302,7 @@ def annealed_langevin(
         last = pack_rows(1, clip, px=nodes.here("px")[-1], pm=nodes.here("pm")[-1], a0=1.0, ak=1.0)
         rows = torch.cat([rows, last])
         fields = {name: torch.cat([value, value[-1:]]) for name, value in fields.items()}
-    return _table("annealed_langevin", prediction, nodes, rows, **fields)
+    return make_table("annealed_langevin", prediction, nodes, rows, **fields)
 
 
 def predictor_corrector(
@@ -459,32 +320,31 @@ def predictor_corrector(
     The paper sizes a corrector step by the batch's mean norms, ``2 a (snr |noise| / |score|)^2``. Here the ratio of the
     norms is its expectation, sigma, so that a sample does not depend on the rest of its batch.
     """
-    _check_kind("predictor_corrector", schedule, "vp", "ve")
+    check_kind("predictor_corrector", schedule, "vp", "ve")
     if not snr > 0:
         raise ValueError(f"snr must be positive, got {snr!r}")
-    if not isinstance(corrector_steps, int) or corrector_steps < 1:
-        raise ValueError(f"corrector_steps must be a positive int, got {corrector_steps!r}")
-    nodes = _nodes(schedule, steps, prediction, spacing)
+    corrector_steps = positive_int("corrector_steps", corrector_steps)
+    nodes = make_nodes(schedule, steps, prediction, spacing)
     ax, a0, an = _reverse_columns(nodes, 1.0)
-    predictor = _step_rows(nodes, clip, ax=ax, a0=a0, an=an * (nodes.next("sigma") > 0))
+    predictor = step_rows(nodes, clip, ax=ax, a0=a0, an=an * (nodes.next("sigma") > 0))
     ratio = (nodes.here("alpha") / nodes.next("alpha"))[:-1]
     middle = lambda name: nodes.next(name)[:-1]  # noqa: E731  (every node but the first and the clean last)
     corrector = _langevin_rows(nodes, middle, 2 * ratio**2 * (snr * middle("sigma")) ** 2, clip)
-    rows = _alternate(predictor, corrector, corrector_steps)
-    fields = {n: _alternate(nodes.here(k), middle(k), corrector_steps) for n, k in _PER_ROW}
-    return _table("predictor_corrector", prediction, nodes, rows, **fields)
+    rows = alternate(predictor, corrector, corrector_steps)
+    fields = {n: alternate(nodes.here(k), middle(k), corrector_steps) for n, k in _PER_ROW}
+    return make_table("predictor_corrector", prediction, nodes, rows, **fields)
 
 
 def flow_euler(schedule: Schedule, steps: int | None = None, *, clip: Clip = None) -> SamplerTable:
     """Euler steps ``x' = x + dt velocity`` from noise at t = 0 to data at t = 1 (Lipman et al., 2023)."""
-    _check_kind("flow_euler", schedule, "flow")
-    nodes = _nodes(schedule, steps, "velocity", None)
+    check_kind("flow_euler", schedule, "flow")
+    nodes = make_nodes(schedule, steps, "velocity", None)
     if clip is None:
-        rows = _step_rows(nodes, None, ax=1.0, am=nodes.alpha.diff())
+        rows = step_rows(nodes, None, ax=1.0, am=nodes.alpha.diff())
     else:  # velocity = (x0 - x) / (1 - t), through the clipped x0
         share = nodes.alpha.diff() / nodes.here("sigma")
-        rows = _step_rows(nodes, clip, ax=1 - share, a0=share)
-    return _table("flow_euler", "velocity", nodes, rows)
+        rows = step_rows(nodes, clip, ax=1 - share, a0=share)
+    return make_table("flow_euler", "velocity", nodes, rows)
 
 
 def flow_midpoint(schedule: Schedule, steps: int | None = None) -> SamplerTable:
@@ -492,17 +352,17 @@ def flow_midpoint(schedule: Schedule, steps: int | None = None) -> SamplerTable:
 
     Two rows a step; ``history`` is the state that the first of them started from.
     """
-    _check_kind("flow_midpoint", schedule, "flow")
-    nodes = _nodes(schedule, steps, "velocity", None)
+    check_kind("flow_midpoint", schedule, "flow")
+    nodes = make_nodes(schedule, steps, "velocity", None)
     dt = nodes.alpha.diff()
     middle = nodes.here("alpha") + dt / 2
     first = pack_rows(len(dt), px=nodes.here("px"), pm=nodes.here("pm"), ax=1.0, am=dt / 2, ak=middle, sk=1 - middle)
     second = pack_rows(len(dt), px=1.0, pm=1 - middle, ah=1.0, am=dt, ak=nodes.next("alpha"), sk=nodes.next("sigma"))
     fields = {
-        "times": _alternate(nodes.here("times"), middle),
+        "times": alternate(nodes.here("times"), middle),
         "input_scale": torch.ones(2 * len(dt), dtype=torch.float64),
     }
-    return _table("flow_midpoint", "velocity", nodes, _alternate(first, second), history="x", **fields)
+    return make_table("flow_midpoint", "velocity", nodes, alternate(first, second), history="x", **fields)
 
 
 def training(
@@ -520,8 +380,8 @@ def training(
             matching, Song and Ermon, 2019), or a tensor ``[T]`` of non-negative weights.
         gamma: largest signal-to-noise ratio counted in full by ``"min_snr"``.
     """
-    _check_kind("training", schedule, "vp", "ve", "flow")
-    _check_prediction(prediction, schedule)
+    check_kind("training", schedule, "vp", "ve", "flow")
+    check_prediction(prediction, schedule)
     a, s = schedule.alpha_t, schedule.sigma_t
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     size = (a**2 + s**2).sqrt()

@@ -180,6 +180,15 @@ def _load(ptr, at, exists):
     return tl.load(ptr + at, exists, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _term(coefficient, operand, DRAWN: tl.constexpr):
+    """``coefficient * operand``, 0 where the coefficient is 0 even if the operand is NaN; drawn noise never is.
+
+    A given operand is loaded all the same: a load that waits for the coefficient would delay every other step.
+    """
+    return coefficient * (operand if DRAWN else tl.where(coefficient != 0.0, operand, 0.0))
+
+
 @triton.jit(do_not_specialize=_FREE)
 def _noise_kernel(
     out_ptr, seed_ptr, key_step_ptr, samples_ptr,
@@ -227,7 +236,7 @@ def _step_kernel(
         tl.store(clean_ptr + at, x0, exists)
     new = _column(c, 4) * x + _column(c, 5) * x0 + _column(c, 6) * m
     if history_ptr is not None:
-        new += _column(c, 7) * _load(history_ptr, at, exists)
+        new += _term(_column(c, 7), _load(history_ptr, at, exists), False)
     noise = tl.zeros([ROWS, COLUMNS], tl.float32)
     if DRAWN:
         needed = _column(c, 8) != 0.0
@@ -241,9 +250,9 @@ def _step_kernel(
     elif noise_ptr is not None:
         noise = _load(noise_ptr, at, exists)
     if DRAWN or noise_ptr is not None:
-        new += _column(c, 8) * noise
+        new += _term(_column(c, 8), noise, DRAWN)
     if known_ptr is not None:
-        goal = _column(c, 9) * _load(known_ptr, at, exists) + _column(c, 10) * noise
+        goal = _column(c, 9) * _load(known_ptr, at, exists) + _term(_column(c, 10), noise, DRAWN)
         new += _load(mask_ptr, at, exists) * (goal - new)
     tl.store(out_ptr + at, new, exists)
 
