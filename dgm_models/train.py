@@ -43,7 +43,7 @@ class Settings:
         seed: of the weights, the order of the data and the noise.
     """
 
-    steps: int = 3500
+    steps: int = 3000
     batch_size: int = 64
     lr: float = 2e-3
     warmup: int = 100

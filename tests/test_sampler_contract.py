@@ -309,7 +309,7 @@ def bad_calls() -> dict[str, tuple[Any, type[Exception], str]]:
         "out shape": (step(x, m, table, 0, out=x[:1]), ValueError, "out must have the shape"),
         "out pair": (step(x, m, table, 0, out=(x, x)), ValueError, "out must be a tensor"),
         "out grad": (step(x.clone().requires_grad_(), m, table, 0, out=x.clone()), ValueError, "out does not support"),
-        "t range": (loss(m, x, train, torch.tensor([0, 100]), key), (ValueError, IndexError), "step must be in|out of"),
+        "t range": (loss(m, x, train, torch.tensor([0, 100]), key), ValueError, r"t must be in \[0, 100\)"),
         "t dtype": (loss(m, x, train, t.float(), key), TypeError, "t must be an int64"),
         "t shape": (loss(m, x, train, t[:1], key), ValueError, "t must have shape"),
         "training table": (loss(m, x, table, t, key), TypeError, "table must be a TrainingTable"),

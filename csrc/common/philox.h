@@ -109,9 +109,9 @@ DGM_INLINE void sincos_quarters(F quarters, F& sine, F& cosine) {
   c = c * z - 1.2336976528167725f;
   s = (s * z + 1.5707963705062866f) * r;
   c = c * z + 1.0f;
-  const auto sine_sign = (whole & 2u) << 30, cosine_sign = ((whole + 1u) & 2u) << 30;
-  sine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, c, s)) ^ sine_sign);
-  cosine = bit_cast<F32>(bit_cast<U32>(select_odd(whole, s, c)) ^ cosine_sign);
+  const auto turned = whole << 30;  // bit 1, on top now: the sign of the sine; that of whole + 1 is the cosine's
+  sine = flip_sign(select_odd(whole, c, s), turned);
+  cosine = flip_sign(select_odd(whole, s, c), turned + 0x40000000u);
 }
 
 // A word as a number in (0, 1].

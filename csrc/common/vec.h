@@ -200,7 +200,27 @@ DGM_INLINE F32 to_float(U32 x) {
 
 DGM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 
-DGM_INLINE F32 select_odd(U32 number, F32 odd, F32 even) { return (number & 1u) != 0u ? odd : even; }
+DGM_INLINE F32 select_odd(U32 number, F32 odd, F32 even) {
+#if defined(__AVX512F__)
+  const __mmask16 is_odd = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(number), _mm512_set1_epi32(1));
+  return reinterpret_cast<F32>(
+      _mm512_mask_blend_ps(is_odd, reinterpret_cast<__m512>(even), reinterpret_cast<__m512>(odd)));
+#else
+  return (number & 1u) != 0u ? odd : even;
+#endif
+}
+
+// x with its sign flipped where the top bit of `pattern` is set.
+DGM_INLINE F32 flip_sign(F32 x, U32 pattern) {
+#if defined(__AVX512F__)
+  constexpr int kXorAnd = 0x78;  // a ^ (b & c)
+  const __m512i top = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  return reinterpret_cast<F32>(
+      _mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(pattern), top, kXorAnd));
+#else
+  return bit_cast<F32>(bit_cast<U32>(x) ^ (pattern & 0x80000000u));
+#endif
+}
 
 template <int N>
 DGM_INLINE Pack<F32, N> square_root(Pack<F32, N> x) {
@@ -219,6 +239,12 @@ template <int N>
 DGM_INLINE Pack<F32, N> select_odd(Pack<U32, N> number, Pack<F32, N> odd, Pack<F32, N> even) {
   DGM_EACH odd.v[i] = select_odd(number.v[i], odd.v[i], even.v[i]);
   return odd;
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> flip_sign(Pack<F32, N> x, Pack<U32, N> pattern) {
+  DGM_EACH x.v[i] = flip_sign(x.v[i], pattern.v[i]);
+  return x;
 }
 
 // Keep NaN: a comparison with it is false.
@@ -299,48 +325,94 @@ DGM_INLINE void prefetch_block(const Operand& operand, int64_t index) {
   for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset);
 }
 
-DGM_INLINE F32 load_vector(const char* from, DType dtype) {
+template <class T, class Load>
+DGM_INLINE void load_all(const char* from, int64_t count, float* to, Load load) {
+  const T* elements = reinterpret_cast<const T*>(from);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(elements + i));
+  if (i == count) return;
+  T rest[kWidth] = {};
+  std::memcpy(rest, elements + i, (count - i) * sizeof(T));
+  store(to + i, load(rest));
+}
+
+template <class T, class Store>
+DGM_INLINE void store_all(const float* from, int64_t count, char* to, Store store) {
+  T* elements = reinterpret_cast<T*>(to);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(elements + i, load(from + i));
+  if (i == count) return;
+  T rest[kWidth];
+  store(rest, load(from + i));
+  std::memcpy(elements + i, rest, (count - i) * sizeof(T));
+}
+
+DGM_NOINLINE void convert_to_floats(const char* from, DType dtype, int64_t count, float* to) {
   switch (dtype) {
     case DType::BFloat16:
-      return load_bfloat16(reinterpret_cast<const uint16_t*>(from));
+      return load_all<uint16_t>(from, count, to, [](const uint16_t* p) { return load_bfloat16(p); });
     case DType::Float16:
-      return load_float16(reinterpret_cast<const uint16_t*>(from));
+      return load_all<uint16_t>(from, count, to, [](const uint16_t* p) { return load_float16(p); });
     case DType::Bool:
-      return load_bool(reinterpret_cast<const uint8_t*>(from));
+      return load_all<uint8_t>(from, count, to, [](const uint8_t* p) { return load_bool(p); });
     default:
-      return load(reinterpret_cast<const float*>(from));
+      return load_all<float>(from, count, to, [](const float* p) { return load(p); });
   }
 }
 
-DGM_INLINE void store_vector(char* to, DType dtype, F32 value) {
+DGM_NOINLINE void convert_from_floats(const float* from, int64_t count, DType dtype, char* to) {
   switch (dtype) {
     case DType::BFloat16:
-      return store_bfloat16(reinterpret_cast<uint16_t*>(to), value);
+      return store_all<uint16_t>(from, count, to, [](uint16_t* p, F32 v) { store_bfloat16(p, v); });
     case DType::Float16:
-      return store_float16(reinterpret_cast<uint16_t*>(to), value);
+      return store_all<uint16_t>(from, count, to, [](uint16_t* p, F32 v) { store_float16(p, v); });
     default:
-      return store(reinterpret_cast<float*>(to), value);
+      return store_all<float>(from, count, to, [](float* p, F32 v) { store(p, v); });
   }
 }
 
-// Up to kWidth elements from `index` on. The lanes beyond `left` hold zeros, so that the end of a sample runs the same
-// arithmetic as the rest of it.
-DGM_INLINE F32 load_some(const Operand& operand, int64_t index, int64_t left) {
-  const int size = element_size(operand.dtype);
-  const char* from = static_cast<const char*>(operand.data) + index * size;
-  if (__builtin_expect(left >= kWidth, 1)) return load_vector(from, operand.dtype);
-  alignas(64) char buffer[4 * kWidth] = {};
-  std::memcpy(buffer, from, left * size);
-  return load_vector(buffer, operand.dtype);
-}
+// A block of an operand as kBlock floats: the tensor's own memory if that is what it holds, else a copy. Behind the end
+// of a sample, `left` elements away, the copy holds zeros up to a whole vector, so that the arithmetic is the same
+// there.
+class Reader {
+ public:
+  DGM_INLINE_METHOD const float* block(const Operand& operand, int64_t index, int64_t left) {
+    const char* from = static_cast<const char*>(operand.data) + index * element_size(operand.dtype);
+    if (operand.dtype == DType::Float32 && left >= kBlock) return reinterpret_cast<const float*>(from);
+    convert_to_floats(from, operand.dtype, left < kBlock ? left : kBlock, buffer_);
+    return buffer_;
+  }
 
-DGM_INLINE void store_some(const Output& output, int64_t index, int64_t left, F32 value) {
-  const int size = element_size(output.dtype);
-  char* to = static_cast<char*>(output.data) + index * size;
-  if (__builtin_expect(left >= kWidth, 1)) return store_vector(to, output.dtype, value);
-  alignas(64) char buffer[4 * kWidth];
-  store_vector(buffer, output.dtype, value);
-  std::memcpy(to, buffer, left * size);
+ private:
+  alignas(64) float buffer_[kBlock];
+};
+
+// Where a block of results goes: straight into the tensor, or into a buffer that finish() converts.
+class Writer {
+ public:
+  DGM_INLINE_METHOD float* block(const Output& output, int64_t index, int64_t left) {
+    to_ = static_cast<char*>(output.data) + index * element_size(output.dtype);
+    dtype_ = output.dtype;
+    count_ = left < kBlock ? left : kBlock;
+    direct_ = dtype_ == DType::Float32 && left >= kBlock;
+    return direct_ ? reinterpret_cast<float*>(to_) : buffer_;
+  }
+
+  DGM_INLINE_METHOD void finish() const {
+    if (!direct_) convert_from_floats(buffer_, count_, dtype_, to_);
+  }
+
+ private:
+  alignas(64) float buffer_[kBlock];
+  char* to_ = nullptr;
+  DType dtype_ = DType::Float32;
+  int64_t count_ = 0;
+  bool direct_ = true;
+};
+
+// Whole vectors that cover `left` elements of a block.
+DGM_INLINE int vectors(int64_t left) {
+  return left >= kBlock ? kVectors : static_cast<int>((left + kWidth - 1) / kWidth);
 }
 
 }  // namespace DGM_ISA_NAMESPACE

@@ -69,7 +69,7 @@ DGM_NOINLINE void word_block(const PhiloxSample& sample, const LaneCounters& lan
   }
 }
 
-// The noise of one sample, kBlock elements at a time: drawn, or read from a tensor.
+// The noise of one sample, a block at a time: drawn, or read from a tensor.
 class Source {
  public:
   Source(const NoiseArgs& noise, int64_t row, int64_t step) : noise_(noise) {
@@ -78,12 +78,8 @@ class Source {
 
   // `element` counts within the sample, `index` from the start of the tensor.
   const float* block(int64_t element, int64_t index, int64_t left) {
-    if (noise_.drawn) {
-      normal_block(sample_, lanes_, element, buffer_);
-    } else {
-      for (int i = 0; i < kVectors && left > 0; ++i, left -= kWidth, index += kWidth)
-        store(buffer_ + i * kWidth, load_some(noise_.given, index, left));
-    }
+    if (!noise_.drawn) return reader_.block(noise_.given, index, left);
+    normal_block(sample_, lanes_, element, buffer_);
     return buffer_;
   }
 
@@ -96,6 +92,7 @@ class Source {
   const NoiseArgs& noise_;
   const LaneCounters lanes_;
   PhiloxSample sample_ = {};
+  Reader reader_;
   alignas(64) float buffer_[kBlock];
 };
 
@@ -121,85 +118,108 @@ DGM_INLINE void for_each_part(const Shape& shape, int64_t unit_elements, int64_t
   }
 }
 
-// Calls body(i, index, left) for every vector of the block that starts at `index` and has `left` elements before the
-// end.
-template <class Body>
-DGM_INLINE void for_each_vector(int64_t index, int64_t left, const Body& body) {
-  for (int i = 0; i < kVectors && left > 0; ++i, index += kWidth, left -= kWidth) body(i, index, left);
-}
-
+// Which operands a row reads: one whose coefficient is 0 may hold anything.
 struct StepParts {
-  bool noise, history, unconditional, known, threshold, x0;
-  bool plain;  // x, model output, noise and result in float32, and nothing else
+  bool noise, history;
 };
 
-StepParts step_parts(const StepArgs& a, const StepRow& r) {
-  const auto is_float = [](DType dtype) { return dtype == DType::Float32; };
+DGM_INLINE StepParts step_parts(const StepArgs& a, const StepRow& r) {
   const bool any_noise = a.noise.drawn || a.noise.given.data;
-  StepParts p;
-  p.noise = any_noise && (r.an != 0.0f || (a.known.data && r.sk != 0.0f));
-  p.history = a.history.data && r.ah != 0.0f;
-  p.unconditional = a.unconditional.data;
-  p.known = a.known.data;
-  p.threshold = a.threshold;
-  p.x0 = a.x0.data;
-  p.plain = !(p.history || p.unconditional || p.known || p.threshold || p.x0) && is_float(a.x.dtype) &&
-            is_float(a.model_output.dtype) && is_float(a.out.dtype);
-  return p;
+  return {any_noise && (r.an != 0.0f || (a.known.data && r.sk != 0.0f)), a.history.data && r.ah != 0.0f};
 }
 
-// Any mix of operands and dtypes, and the end of a sample.
-DGM_NOINLINE void step_block(const StepArgs& a, const StepRow& r, const StepParts& p, float bound, int64_t index,
-                             int64_t left, const float* noise) {
-  for_each_vector(index, left, [&](int i, int64_t at, int64_t rest) {
-    const F32 n = p.noise ? load(noise + i * kWidth) : F32{};
-    const F32 x = load_some(a.x, at, rest);
-    F32 m = load_some(a.model_output, at, rest);
-    if (p.unconditional) m = guided(m, load_some(a.unconditional, at, rest), a.guidance_scale);
-    const F32 x0 = p.threshold ? clean_sample(r, x, m, bound) : clean_sample(r, x, m);
+// The common step, without a test per vector.
+DGM_INLINE void plain_step(const StepRow r, int count, const float* x, const float* m, float* out) {
+  for (int i = 0; i < count * kWidth; i += kWidth) {
+    const F32 state = load(x + i), output = load(m + i);
+    store(out + i, affine(r, state, clean_sample(r, state, output), output));
+  }
+}
+
+DGM_INLINE void plain_step(const StepRow r, int count, const float* x, const float* m, const float* noise, float* out) {
+  for (int i = 0; i < count * kWidth; i += kWidth) {
+    const F32 state = load(x + i), output = load(m + i);
+    store(out + i, affine(r, state, clean_sample(r, state, output), output) + r.an * load(noise + i));
+  }
+}
+
+// Every operand of a step, a block at a time; null where there is none.
+struct StepBlock {
+  const float *x, *m, *noise, *unconditional, *history, *known, *mask;
+  float *out, *x0;
+};
+
+DGM_NOINLINE void full_step(const StepRow r, int count, float scale, const float* bound, const StepBlock& b) {
+  for (int i = 0; i < count * kWidth; i += kWidth) {
+    const F32 x = load(b.x + i), n = b.noise ? load(b.noise + i) : F32{};
+    F32 m = load(b.m + i);
+    if (b.unconditional) m = guided(m, load(b.unconditional + i), scale);
+    const F32 x0 = bound ? clean_sample(r, x, m, *bound) : clean_sample(r, x, m);
     F32 next = affine(r, x, x0, m);
-    if (p.history) next += r.ah * load_some(a.history, at, rest);
-    if (p.noise) next += r.an * n;
-    if (p.known) next = inpainted(r, next, load_some(a.known, at, rest), load_some(a.mask, at, rest), n);
-    store_some(a.out, at, rest, next);
-    if (p.x0) store_some(a.x0, at, rest, x0);
-  });
-}
-
-// The common case without a test per operand.
-template <bool kNoise>
-DGM_INLINE void plain_step_block(const StepArgs& a, const StepRow& r, int64_t index, const float* noise) {
-  const float* x_data = static_cast<const float*>(a.x.data) + index;
-  const float* m_data = static_cast<const float*>(a.model_output.data) + index;
-  float* out = static_cast<float*>(a.out.data) + index;
-  for (int i = 0; i < kVectors; ++i) {
-    const F32 x = load(x_data + i * kWidth), m = load(m_data + i * kWidth);
-    F32 next = affine(r, x, clean_sample(r, x, m), m);
-    if (kNoise) next += r.an * load(noise + i * kWidth);
-    store(out + i * kWidth, next);
+    if (b.history) next += r.ah * load(b.history + i);
+    if (r.an != 0.0f) next += r.an * n;
+    if (b.known) next = inpainted(r, next, load(b.known + i), load(b.mask + i), n);
+    store(b.out + i, next);
+    if (b.x0) store(b.x0 + i, x0);
   }
 }
 
-template <bool kNoise>
-DGM_INLINE void step_part(const StepArgs& a, const StepRow& r, const StepParts& parts, int64_t sample, int64_t first,
-                          int64_t stop) {
-  Source source(a.noise, sample, row_index(a.rows, sample));
-  const float bound = parts.threshold ? a.threshold[sample] : 0.0f;
-  const StepRow row = r;  // a copy that no store can alias
-  for (int64_t e = first; e < stop; e += kBlock) {
-    const int64_t index = sample * a.shape.elements + e, left = stop - e;
+// Reads, computes and writes the blocks of one sample.
+class Stepper {
+ public:
+  Stepper(const StepArgs& args, int64_t sample)
+      : a_(args),
+        row_(row_of<StepRow>(args.rows, sample)),
+        parts_(step_parts(args, row_)),
+        bound_(args.threshold ? args.threshold + sample : nullptr),
+        plain_(!(parts_.history || args.unconditional.data || args.known.data || bound_ || args.x0.data)),
+        source_(args.noise, sample, row_index(args.rows, sample)) {}
+
+  DGM_INLINE_METHOD void block(int64_t element, int64_t index, int64_t left) {
+    const int count = vectors(left);
     const float* noise = nullptr;
-    if (kNoise) {
-      prefetch_block(a.x, index + kBlock);
-      prefetch_block(a.model_output, index + kBlock);
-      noise = source.block(e, index, left);
+    if (parts_.noise) {
+      prefetch_block(a_.x, index + kBlock);
+      prefetch_block(a_.model_output, index + kBlock);
+      noise = source_.block(element, index, left);
     }
-    if (parts.plain && left >= kBlock)
-      plain_step_block<kNoise>(a, row, index, noise);
+    const float* x = readers_[0].block(a_.x, index, left);
+    const float* m = readers_[1].block(a_.model_output, index, left);
+    float* out = out_.block(a_.out, index, left);
+    if (!plain_)
+      optional_parts(count, index, left, x, m, noise, out);
+    else if (noise)
+      plain_step(row_, count, x, m, noise, out);
     else
-      step_block(a, row, parts, bound, index, left, noise);
+      plain_step(row_, count, x, m, out);
+    out_.finish();
   }
-}
+
+ private:
+  void optional_parts(int count, int64_t index, int64_t left, const float* x, const float* m, const float* noise,
+                      float* out) {
+    const auto read = [&](int reader, bool wanted, const Operand& operand) {
+      return wanted ? readers_[reader].block(operand, index, left) : nullptr;
+    };
+    StepBlock b = {x, m, noise, nullptr, nullptr, nullptr, nullptr, out, nullptr};
+    b.unconditional = read(2, a_.unconditional.data, a_.unconditional);
+    b.history = read(3, parts_.history, a_.history);
+    b.known = read(4, a_.known.data, a_.known);
+    b.mask = read(5, a_.known.data, a_.mask);
+    if (a_.x0.data) b.x0 = x0_.block(a_.x0, index, left);
+    full_step(row_, count, a_.guidance_scale, bound_, b);
+    if (a_.x0.data) x0_.finish();
+  }
+
+  const StepArgs& a_;
+  const StepRow row_;
+  const StepParts parts_;
+  const float* const bound_;
+  const bool plain_;
+  Source source_;
+  Reader readers_[6];
+  Writer out_, x0_;
+};
 
 }  // namespace
 
@@ -208,24 +228,20 @@ int64_t units_per_sample(int64_t elements) { return (elements + kBlock - 1) / kB
 void noise_like(const NoiseLikeArgs& a, int64_t begin, int64_t end) {
   for_each_part(a.shape, kBlock, begin, end, [&](int64_t sample, int64_t first, int64_t stop) {
     Source source(a.noise, sample, 0);
+    const bool normal = a.kind == NoiseKind::Normal, bits = a.kind == NoiseKind::Bits;
     for (int64_t e = first; e < stop; e += kBlock) {
-      const int64_t index = sample * a.shape.elements + e;
-      const bool normal = a.kind == NoiseKind::Normal;
-      const float* noise = normal ? source.block(e, index, stop - e) : source.words(e, a.kind == NoiseKind::Bits);
-      for_each_vector(index, stop - e,
-                      [&](int i, int64_t at, int64_t left) { store_some(a.out, at, left, load(noise + i * kWidth)); });
+      const int64_t left = stop - e;
+      char* to = static_cast<char*>(a.out.data) + (sample * a.shape.elements + e) * element_size(a.out.dtype);
+      const float* noise = normal ? source.block(e, 0, left) : source.words(e, bits);
+      convert_from_floats(noise, left < kBlock ? left : kBlock, a.out.dtype, to);
     }
   });
 }
 
 void step(const StepArgs& a, int64_t begin, int64_t end) {
   for_each_part(a.shape, kBlock, begin, end, [&](int64_t sample, int64_t first, int64_t stop) {
-    const StepRow& r = row_of<StepRow>(a.rows, sample);
-    const StepParts parts = step_parts(a, r);
-    if (parts.noise)
-      step_part<true>(a, r, parts, sample, first, stop);
-    else
-      step_part<false>(a, r, parts, sample, first, stop);
+    Stepper stepper(a, sample);
+    for (int64_t e = first; e < stop; e += kBlock) stepper.block(e, sample * a.shape.elements + e, stop - e);
   });
 }
 
@@ -233,13 +249,16 @@ void add_noise(const AddNoiseArgs& a, int64_t begin, int64_t end) {
   for_each_part(a.shape, kBlock, begin, end, [&](int64_t sample, int64_t first, int64_t stop) {
     const TrainingRow r = row_of<TrainingRow>(a.rows, sample);
     Source source(a.noise, sample, 0);
+    Reader reader;
+    Writer writer;
     for (int64_t e = first; e < stop; e += kBlock) {
-      const int64_t index = sample * a.shape.elements + e;
+      const int64_t index = sample * a.shape.elements + e, left = stop - e;
       prefetch_block(a.x0, index + kBlock);
-      const float* noise = source.block(e, index, stop - e);
-      for_each_vector(index, stop - e, [&](int i, int64_t at, int64_t left) {
-        store_some(a.out, at, left, noised(r, load_some(a.x0, at, left), load(noise + i * kWidth)));
-      });
+      const float* noise = source.block(e, index, left);
+      const float* x0 = reader.block(a.x0, index, left);
+      float* out = writer.block(a.out, index, left);
+      for (int i = 0; i < vectors(left) * kWidth; i += kWidth) store(out + i, noised(r, load(x0 + i), load(noise + i)));
+      writer.finish();
     }
   });
 }
@@ -251,26 +270,41 @@ DGM_INLINE F32 keep_first(int64_t left, F32 x) {
   return x;
 }
 
+// m - target of a block, written to `residual`; returns the sum of its squares.
+template <bool kReadsX0>
+DGM_INLINE F32 residual_block(const TrainingRow r, int64_t left, const float* m, const float* x0, const float* noise,
+                              float* to) {
+  F32 squares = {};
+  for (int i = 0; i < vectors(left) * kWidth; i += kWidth) {
+    const F32 difference = residual(r, load(m + i), kReadsX0 ? load(x0 + i) : F32{}, load(noise + i));
+    store(to + i, difference);
+    squares += keep_first(left - i, difference * difference);
+  }
+  return squares;
+}
+
 void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
+  Reader m_reader, x0_reader;
+  Writer writer;
+  alignas(64) float unwanted[kBlock];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t sample = unit / a.parts, first = unit % a.parts * kLossPart;
     const int64_t stop = first + kLossPart < a.shape.elements ? first + kLossPart : a.shape.elements;
     const TrainingRow r = row_of<TrainingRow>(a.rows, sample);
     Source source(a.noise, sample, 0);
-    F32 squares[4] = {};
+    double total = 0.0;
     for (int64_t e = first; e < stop; e += kBlock) {
-      const int64_t index = sample * a.shape.elements + e;
+      const int64_t index = sample * a.shape.elements + e, left = stop - e;
       prefetch_block(a.model_output, index + kBlock);
-      prefetch_block(a.x0, index + kBlock);
-      const float* noise = source.block(e, index, stop - e);
-      for_each_vector(index, stop - e, [&](int i, int64_t at, int64_t left) {
-        const F32 m = load_some(a.model_output, at, left), x0 = load_some(a.x0, at, left);
-        const F32 difference = residual(r, m, x0, load(noise + i * kWidth));
-        if (a.residual.data) store_some(a.residual, at, left, difference);
-        squares[i % 4] += keep_first(left, difference * difference);
-      });
+      if (r.cx != 0.0f) prefetch_block(a.x0, index + kBlock);
+      const float* noise = source.block(e, index, left);
+      const float* m = m_reader.block(a.model_output, index, left);
+      float* to = a.residual.data ? writer.block(a.residual, index, left) : unwanted;
+      total += sum(r.cx != 0.0f ? residual_block<true>(r, left, m, x0_reader.block(a.x0, index, left), noise, to)
+                                : residual_block<false>(r, left, m, nullptr, noise, to));
+      if (a.residual.data) writer.finish();
     }
-    a.partials[unit] = (sum(squares[0]) + sum(squares[1])) + (sum(squares[2]) + sum(squares[3]));
+    a.partials[unit] = total;
   }
 }
 

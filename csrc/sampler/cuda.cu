@@ -130,8 +130,8 @@ DGM_INLINE void load_step(const StepArgs& a, int64_t index, int count, StepUnit<
   }
 }
 
-// History and noise do not count where their coefficient is 0, even if they are NaN there. They are loaded all the same:
-// a load that waits for the coefficient would delay every other step.
+// History and noise do not count where their coefficient is 0, even if they are NaN. They are loaded all the same:
+// loads that wait for coefficients would delay every other step.
 template <class Access, bool kPlain>
 DGM_INLINE void step_unit(const StepArgs& a, const StepRow& r, const StepUnit<Access, kPlain>& in, float bound,
                           const float (&noise)[Access::kUnit], int64_t index, int count) {
@@ -181,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, kResident<Access, kPlain>)
   if (place.sample >= a.shape.batch) return;
   const int64_t offset = place.sample * a.shape.elements, step = index_of(a.rows, place.sample);
   const StepRow r = row_at<StepRow>(a.rows, step);
-  const bool drawn = a.noise.drawn && (r.an != 0.0f || (a.known.data && r.sk != 0.0f));
   const float bound = a.threshold ? a.threshold[place.sample] : 0.0f;
   for (int begin = 0; begin < kUnits<Access>; begin += kN) {
     StepUnit<Access, kPlain> in[kN];
@@ -191,6 +190,8 @@ __global__ void __launch_bounds__(kThreads, kResident<Access, kPlain>)
       const int count = count_at(a.shape, element);
       if (count > 0) load_step(a, offset + element, count, in[u]);
     }
+    // After the loads, which would wait for the coefficients if this came first.
+    const bool drawn = a.noise.drawn && (r.an != 0.0f || (a.known.data && r.sk != 0.0f));
     DGM_UNROLL
     for (int u = 0; u < kN; ++u) {
       const int64_t element = place.first + (begin + u) * place.stride;

@@ -17,20 +17,20 @@ constexpr int64_t kGrainElements = 32768, kGrainElementsDrawn = 4096;
 
 Shape shape_of(const at::Tensor& x) { return {x.size(0), elements_per_sample(x)}; }
 
-Rows rows_of(const at::Tensor& rows, const OptionalTensor& index_tensor, int64_t index, const at::Tensor& like,
-             int64_t columns) {
+Rows rows_of(const at::Tensor& rows, const char* name, const OptionalTensor& index_tensor, int64_t index,
+             const at::Tensor& like, int64_t columns) {
   TORCH_CHECK_TYPE(rows.scalar_type() == at::kFloat, "rows must be float32, got ", rows.scalar_type());
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(1) == columns && rows.is_contiguous(), "rows must be [steps, ",
                     columns, "], got ", rows.sizes());
   TORCH_CHECK_VALUE(rows.device() == like.device(), "rows must be on ", like.device(), ", got ", rows.device());
   Rows result{rows.const_data_ptr<float>(), rows.size(0), nullptr, 0, index};
-  result.index_tensor = integers("step", index_tensor, like, result.index_stride);
+  result.index_tensor = integers(name, index_tensor, like, result.index_stride);
   if (!result.index_tensor) {
-    TORCH_CHECK_VALUE(index >= 0 && index < result.count, "step must be in [0, ", result.count, "), got ", index);
+    TORCH_CHECK_VALUE(index >= 0 && index < result.count, name, " must be in [0, ", result.count, "), got ", index);
   } else if (like.is_cpu()) {  // on a GPU the kernel answers NaN: looking would stall the stream
     for (int64_t i = 0; i < index_tensor->numel(); ++i) {
       const int64_t value = result.index_tensor[i];
-      TORCH_CHECK_VALUE(value >= 0 && value < result.count, "step must be in [0, ", result.count, "), got ", value);
+      TORCH_CHECK_VALUE(value >= 0 && value < result.count, name, " must be in [0, ", result.count, "), got ", value);
     }
   }
   return result;
@@ -40,7 +40,7 @@ StepArgs step_args(DGM_STEP_PARAMETERS) {
   (void)clips;  // only the backward formula asks
   StepArgs args;
   args.shape = shape_of(x);
-  args.rows = rows_of(rows, step_tensor, step, x, kStepColumns);
+  args.rows = rows_of(rows, "step", step_tensor, step, x, kStepColumns);
   args.noise = noise_args(DGM_NOISE_ARGUMENTS, x);
   args.x = operand("x", x, x);
   args.model_output = operand("model_output", model_output, x);
@@ -134,7 +134,7 @@ void sampler_step_out(DGM_STEP_PARAMETERS, const at::Tensor& out, const Optional
 at::Tensor add_noise(const at::Tensor& x0, const at::Tensor& rows, const at::Tensor& t, DGM_NOISE_PARAMETERS) {
   AddNoiseArgs args;
   args.shape = shape_of(x0);
-  args.rows = rows_of(rows, t, 0, x0, kTrainingColumns);
+  args.rows = rows_of(rows, "t", t, 0, x0, kTrainingColumns);
   args.noise = noise_args(DGM_NOISE_ARGUMENTS, x0);
   args.x0 = operand("x0", x0, x0);
   at::Tensor out = at::empty_like(x0);
@@ -149,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor> denoising_loss(const at::Tensor& model_output
                                                   bool with_residual) {
   LossArgs args;
   args.shape = shape_of(x0);
-  args.rows = rows_of(rows, t, 0, x0, kTrainingColumns);
+  args.rows = rows_of(rows, "t", t, 0, x0, kTrainingColumns);
   args.noise = noise_args(DGM_NOISE_ARGUMENTS, x0);
   args.model_output = operand("model_output", model_output, x0);
   args.x0 = operand("x0", x0, x0);
