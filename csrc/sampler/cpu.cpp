@@ -223,7 +223,7 @@ class Stepper {
 
 }  // namespace
 
-int64_t units_per_sample(int64_t elements) { return (elements + kBlock - 1) / kBlock; }
+int64_t block_elements() { return kBlock; }
 
 void noise_like(const NoiseLikeArgs& a, int64_t begin, int64_t end) {
   for_each_part(a.shape, kBlock, begin, end, [&](int64_t sample, int64_t first, int64_t stop) {

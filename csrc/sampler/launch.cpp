@@ -12,7 +12,7 @@ namespace dgm::sampler {
 
 namespace {
 
-// Blocks of the smallest share of work that is worth a thread: waking one costs some microseconds.
+// Elements that are worth a thread: waking one costs some microseconds.
 constexpr int64_t kGrainElements = 32768, kGrainElementsDrawn = 4096;
 
 Shape shape_of(const at::Tensor& x) { return {x.size(0), elements_per_sample(x)}; }
@@ -58,38 +58,37 @@ StepArgs step_args(DGM_STEP_PARAMETERS) {
   return args;
 }
 
+// Spreads units of `unit_elements` (or of a whole sample, if that is less) over the threads.
+template <class Kernel, class Args>
+void on_threads(Kernel kernel, const Args& args, int64_t unit_elements) {
+  const Shape& shape = args.shape;
+  const int64_t units = shape.batch * ((shape.elements + unit_elements - 1) / unit_elements);
+  const int64_t held = std::max<int64_t>(std::min(unit_elements, shape.elements), 1);
+  const int64_t grain = ((args.noise.drawn ? kGrainElementsDrawn : kGrainElements) + held - 1) / held;
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+int64_t block_elements() { return DGM_PICK_ISA(block_elements)(); }
+
 #ifdef DGM_WITH_CUDA
-#define DGM_RUN(kernel, args, like, units, grain)                                        \
-  do {                                                                                   \
-    if ((like).is_cuda()) {                                                              \
-      const c10::cuda::CUDAGuard guard((like).device());                                 \
-      cuda::kernel(args, c10::cuda::getCurrentCUDAStream().stream());                    \
-    } else {                                                                             \
-      const auto run = DGM_PICK_ISA(kernel);                                             \
-      at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); }); \
-    }                                                                                    \
+#define DGM_RUN(kernel, args, like, unit_elements)                    \
+  do {                                                                \
+    if ((like).is_cuda()) {                                           \
+      const c10::cuda::CUDAGuard guard((like).device());              \
+      cuda::kernel(args, c10::cuda::getCurrentCUDAStream().stream()); \
+    } else {                                                          \
+      on_threads(DGM_PICK_ISA(kernel), args, unit_elements);          \
+    }                                                                 \
   } while (false)
 #else
-#define DGM_RUN(kernel, args, like, units, grain)                                      \
-  do {                                                                                 \
-    const auto run = DGM_PICK_ISA(kernel);                                             \
-    at::parallel_for(0, units, grain, [&](int64_t b, int64_t e) { run(args, b, e); }); \
-  } while (false)
+#define DGM_RUN(kernel, args, like, unit_elements) on_threads(DGM_PICK_ISA(kernel), args, unit_elements)
 #endif
-
-int64_t cpu_units(const Shape& shape) { return shape.batch * DGM_PICK_ISA(units_per_sample)(shape.elements); }
-
-int64_t cpu_grain(const Shape& shape, const NoiseArgs& noise) {
-  const int64_t elements = noise.drawn ? kGrainElementsDrawn : kGrainElements;
-  const int64_t units = DGM_PICK_ISA(units_per_sample)(elements);
-  return shape.elements < elements ? std::max<int64_t>(units / 4, 1) : units;
-}
 
 void run_step(StepArgs& args, const at::Tensor& like, const at::Tensor& out, const OptionalTensor& x0) {
   args.out = output("out", out, like);
   if (present(x0)) args.x0 = output("x0", *x0, like);
   if (like.numel() == 0) return;
-  DGM_RUN(step, args, like, cpu_units(args.shape), cpu_grain(args.shape, args.noise));
+  DGM_RUN(step, args, like, block_elements());
 }
 
 // Adds the parts up in their order. No elements: 0 / 0, the mean of nothing.
@@ -112,7 +111,7 @@ at::Tensor noise_like(const at::Tensor& like, DGM_NOISE_PARAMETERS, int64_t kind
   const at::Tensor out = at::empty(like.sizes(), bits ? like.options().dtype(at::kInt) : like.options());
   args.out = {out.mutable_data_ptr(), bits ? DType::Float32 : dtype_of("like", like)};
   if (out.numel() == 0) return out;
-  DGM_RUN(noise_like, args, like, cpu_units(args.shape), cpu_grain(args.shape, args.noise));
+  DGM_RUN(noise_like, args, like, block_elements());
   return out;
 }
 
@@ -140,7 +139,7 @@ at::Tensor add_noise(const at::Tensor& x0, const at::Tensor& rows, const at::Ten
   at::Tensor out = at::empty_like(x0);
   args.out = output("out", out, x0);
   if (out.numel() == 0) return out;
-  DGM_RUN(add_noise, args, x0, cpu_units(args.shape), cpu_grain(args.shape, args.noise));
+  DGM_RUN(add_noise, args, x0, block_elements());
   return out;
 }
 
@@ -160,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor> denoising_loss(const at::Tensor& model_output
   args.partials = partials.mutable_data_ptr<double>();
   at::Tensor loss = at::empty({args.shape.batch}, x0.options().dtype(at::kFloat));
   args.loss = loss.mutable_data_ptr<float>();
-  if (args.shape.batch) DGM_RUN(denoising_loss, args, x0, partials.numel(), args.noise.drawn ? 1 : 8);
+  if (args.shape.batch) DGM_RUN(denoising_loss, args, x0, kLossPart);
   if (x0.is_cpu()) finish_loss(args);
   return {std::move(loss), std::move(residual)};
 }

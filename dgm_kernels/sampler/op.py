@@ -165,7 +165,8 @@ def _loss_backward(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) 
     g = grad_residual
     if grad is not None:
         elements = max(residual[:1].numel(), 1)
-        own = residual * per_sample((2.0 / elements) * rows[t, 4] * grad, residual)
+        weight = rows.select(1, 4).index_select(0, t)
+        own = residual * per_sample(weight * (grad * (2.0 / elements)), residual)
         g = own if g is None else own + g
     if g is None:
         return (None,) * 13
