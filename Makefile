@@ -33,8 +33,8 @@ test: install
 
 bench: install
 	mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH_JSON)
-	$(BIN)/python -m bench.report $(BENCH_JSON)
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(BENCH_JSON); status=$$?; \
+	  $(BIN)/python -m bench.report $(BENCH_JSON) && exit $$status
 
 lint: $(DEPS)
 	$(BIN)/ruff check .

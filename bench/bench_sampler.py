@@ -120,17 +120,17 @@ def _diffusers_ancestral(scheduler: Any, t: int) -> Contender:
 
 
 def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Bars = bars_at_two_threads) -> Case:
-    """A deterministic step, with or without classifier-free guidance."""
+    """A deterministic step with clipping, with or without classifier-free guidance."""
     steps, row, scale = 50, 25, 3.0
     stride = len(SCHEDULE) // steps
     t = (steps - 1 - row) * stride
-    table = tables.ddim(SCHEDULE, steps, eta=0.0)
+    table = tables.ddim(SCHEDULE, steps, eta=0.0, clip=1.0)
     bar, previous = SCHEDULE.alphas_cumprod[t].item(), SCHEDULE.alphas_cumprod[t - stride].item()
 
     def plain(x: Tensor, eps: Tensor, uncond: Tensor) -> Tensor:
         if guided:
             eps = uncond + scale * (eps - uncond)
-        x0 = (x - (1 - bar) ** 0.5 * eps) / bar**0.5
+        x0 = ((x - (1 - bar) ** 0.5 * eps) / bar**0.5).clamp(-1, 1)
         return previous**0.5 * x0 + (1 - previous) ** 0.5 * eps
 
     def make_inputs() -> SimpleNamespace:
@@ -143,7 +143,7 @@ def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Bars 
     contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, guidance=i.guidance), setup)
     contenders |= {name: baseline(step) for name, step in variants(plain, setup).items()}
     if not guided:
-        scheduler, reason = diffusers_scheduler("DDIMScheduler", num_train_timesteps=len(SCHEDULE), clip_sample=False)
+        scheduler, reason = diffusers_scheduler("DDIMScheduler", num_train_timesteps=len(SCHEDULE))
         missing |= reason
         if scheduler is not None:
             scheduler.set_timesteps(steps)
@@ -157,19 +157,31 @@ def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Bars 
         contenders,
         lambda i: plain(i.x.double(), i.eps.double(), i.uncond.double()),
         bytes=(3 + guided) * elements * 4,
-        flops=elements * (3 + 3 * guided),
+        flops=elements * (5 + 3 * guided),
         bars=bars(setup),
         missing=missing,
     )
 
 
 def plain_training(
-    x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, noise: Tensor | None = None
+    x0: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    weight: Tensor | None,
+    t: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The noisy sample and the loss as a user writes them; `alpha` and `sigma` hold every time."""
+    """The noisy sample and the loss as a user writes them, with weights as diffusers' training scripts apply them.
+
+    `alpha`, `sigma` and `weight` hold every time.
+    """
     noise = torch.randn_like(x0) if noise is None else noise
     x_t = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
-    return x_t, F.mse_loss(eps, noise)
+    if weight is None:
+        return x_t, F.mse_loss(eps, noise)
+    loss = F.mse_loss(eps, noise, reduction="none")
+    return x_t, (loss.mean(dim=(1, 2, 3)) * weight[t]).mean()
 
 
 def with_gradient(x_t: Tensor, loss: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
@@ -177,14 +189,17 @@ def with_gradient(x_t: Tensor, loss: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
     return x_t, loss, *torch.autograd.grad(loss, eps)
 
 
-def train_step(setup: Setup, shape: tuple[int, ...]) -> Case:
-    """`add_noise`, then the loss of a model that predicts the noise, forward and backward.
+def train_step(
+    setup: Setup, shape: tuple[int, ...], weighting: str | None = None, bars: Bars = bars_at_two_threads
+) -> Case:
+    """`add_noise`, then the (weighted) loss of a model that predicts the noise, forward and backward.
 
     What must move: x0, the noisy sample, the model output and its gradient.
     """
-    table = tables.training(SCHEDULE, prediction="eps")
-    alpha64, sigma64 = (values.to(setup.device) for values in (SCHEDULE.alpha_t, SCHEDULE.sigma_t))
-    alpha, sigma = alpha64.float(), sigma64.float()
+    table = tables.training(SCHEDULE, prediction="eps", weighting=weighting)
+    columns = table.rows64.to(setup.device)
+    exact = columns[:, 0], columns[:, 1], None if weighting is None else columns[:, 4]
+    rounded = tuple(None if column is None else column.float() for column in exact)
 
     def make_inputs() -> SimpleNamespace:
         x0, eps = (torch.randn(shape, device=setup.device) for _ in range(2))
@@ -197,25 +212,25 @@ def train_step(setup: Setup, shape: tuple[int, ...]) -> Case:
     @torch.enable_grad()
     def reference(i: SimpleNamespace) -> tuple[Tensor, ...]:
         eps = i.eps.detach().double().requires_grad_()
-        return with_gradient(*plain_training(i.x0.double(), eps, alpha64, sigma64, i.t, i.noise), eps)
+        return with_gradient(*plain_training(i.x0.double(), eps, *exact, i.t, i.noise), eps)
 
     def baseline(step: Callable[..., tuple[Tensor, Tensor]]) -> Contender:
         return Contender(
-            lambda i: with_gradient(*step(i.x0, i.eps, alpha, sigma, i.t), i.eps),
-            lambda i: with_gradient(*step(i.x0, i.eps, alpha, sigma, i.t, i.noise.float()), i.eps),
+            lambda i: with_gradient(*step(i.x0, i.eps, *rounded, i.t), i.eps),
+            lambda i: with_gradient(*step(i.x0, i.eps, *rounded, i.t, i.noise.float()), i.eps),
         )
 
     contenders, missing = ours(fused, setup)
     contenders |= {name: baseline(step) for name, step in variants(plain_training, setup).items()}
     elements = torch.Size(shape).numel()
     return Case(
-        f"train_step {_size(shape)} fp32",
+        f"train_step{' weighted' * (weighting is not None)} {_size(shape)} fp32",
         make_inputs,
         contenders,
         reference,
         bytes=4 * elements * 4,
         flops=elements * (7 + NOISE_FLOPS),
-        bars=bars_at_two_threads(setup, eager=8),
+        bars=bars(setup),
         missing=missing,
         grad=True,
     )
@@ -263,6 +278,7 @@ CASES: dict[str, Callable[[Setup], Case]] = {
     "ddim-guided": partial(ddim, shape=LARGE, guided=True),
     "ddim-small": partial(ddim, shape=SMALL, bars=_latency_bar),
     "train": partial(train_step, shape=LARGE),
+    "train-weighted": partial(train_step, shape=LARGE, weighting="min_snr", bars=partial(bars_at_two_threads, eager=8)),
     "noise": partial(noise, shape=LARGE),
 }
 

@@ -250,6 +250,7 @@ def make_input_sets(case: Case, device: torch.device) -> list[Any]:
 
 def compare(case: Case, setup: Setup, seconds: float = 2.0) -> tuple[dict[str, Any], list[Any]]:
     """Check, warm up and time all contenders for about `seconds`; returns the summary and the inputs used."""
+    timing.settle_allocator()
     input_sets = make_input_sets(case, setup.device)
     errors, unavailable = check(case, input_sets[0])
     contenders = {name: contender for name, contender in case.contenders.items() if name in errors}

@@ -16,6 +16,15 @@ WARMUP_SECONDS = 0.1
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 
 
+def settle_allocator() -> None:
+    """Frees one large block, after which glibc keeps freed memory of that size instead of returning it every time.
+
+    A process that has trained or sampled anything of real size is in that state. A fresh one is not, and pays hundreds
+    of page faults in whichever contender allocates next: what would be timed is the operating system.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(1)
+
+
 class Entry(NamedTuple):
     """A callable, the input sets that its calls rotate through and the context they run in."""
 

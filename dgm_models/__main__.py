@@ -101,7 +101,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     x = split.x.to(args.device)
     cond = split.label.to(args.device) if model.conditional else None
     try:
-        name, nats = "log-likelihood", model.log_prob(x, cond, **dict(args.set))
+        name, nats = "log-likelihood", model.log_prob(x, cond)
     except DensityUnavailable:
         name, nats = "ELBO", model.elbo(x, args.k, cond, **dict(args.set))
     bits = model.bits_per_dim(nats)

@@ -364,6 +364,8 @@ def test_cli_end_to_end(tmp_path: pathlib.Path) -> None:
     assert pixels(picture).std() > 0.01
     assert pixels(tmp_path / "new_trajectory.png").std() > 0.01
 
+    status, text = run("evaluate", "--from", out, "--set", "times=4", "--device", "cpu")
+    assert (status, text.split("nats")[0]) == (0, "ELBO, validation set, mean of 200 samples: "), text
     result = tmp_path / "result.json"
     status, text = run("evaluate", "--from", out, "--split", "test", "--out", result, "--device", "cpu")
     assert (status, text.split(",")[0]) == (0, "ELBO"), text

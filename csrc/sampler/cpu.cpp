@@ -270,17 +270,21 @@ DGM_INLINE F32 keep_first(int64_t left, F32 x) {
   return x;
 }
 
-// m - target of a block, written to `residual`; returns the sum of its squares.
+// Writes m - target of a block to `to` and adds its squares up: in four sums, each of which waits for itself only.
 template <bool kReadsX0>
-DGM_INLINE F32 residual_block(const TrainingRow r, int64_t left, const float* m, const float* x0, const float* noise,
-                              float* to) {
-  F32 squares = {};
-  for (int i = 0; i < vectors(left) * kWidth; i += kWidth) {
+DGM_INLINE void residual_block(const TrainingRow r, int64_t left, const float* m, const float* x0, const float* noise,
+                               float* to, F32 (&squares)[4]) {
+  const auto vector = [&](int i, F32& sum, int64_t rest) {
     const F32 difference = residual(r, load(m + i), kReadsX0 ? load(x0 + i) : F32{}, load(noise + i));
     store(to + i, difference);
-    squares += keep_first(left - i, difference * difference);
+    sum += keep_first(rest, difference * difference);
+  };
+  if (__builtin_expect(left >= kBlock, 1)) {
+    for (int i = 0; i < kVectors; i += 4)
+      for (int j = 0; j < 4; ++j) vector((i + j) * kWidth, squares[j], kWidth);
+  } else {
+    for (int i = 0; i < vectors(left); ++i) vector(i * kWidth, squares[i % 4], left - i * kWidth);
   }
-  return squares;
 }
 
 void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
@@ -292,7 +296,7 @@ void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
     const int64_t stop = first + kLossPart < a.shape.elements ? first + kLossPart : a.shape.elements;
     const TrainingRow r = row_of<TrainingRow>(a.rows, sample);
     Source source(a.noise, sample, 0);
-    double total = 0.0;
+    F32 squares[4] = {};
     for (int64_t e = first; e < stop; e += kBlock) {
       const int64_t index = sample * a.shape.elements + e, left = stop - e;
       prefetch_block(a.model_output, index + kBlock);
@@ -300,11 +304,13 @@ void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
       const float* noise = source.block(e, index, left);
       const float* m = m_reader.block(a.model_output, index, left);
       float* to = a.residual.data ? writer.block(a.residual, index, left) : unwanted;
-      total += sum(r.cx != 0.0f ? residual_block<true>(r, left, m, x0_reader.block(a.x0, index, left), noise, to)
-                                : residual_block<false>(r, left, m, nullptr, noise, to));
+      if (r.cx != 0.0f)
+        residual_block<true>(r, left, m, x0_reader.block(a.x0, index, left), noise, to, squares);
+      else
+        residual_block<false>(r, left, m, nullptr, noise, to, squares);
       if (a.residual.data) writer.finish();
     }
-    a.partials[unit] = total;
+    a.partials[unit] = (sum(squares[0]) + sum(squares[1])) + (sum(squares[2]) + sum(squares[3]));
   }
 }
 
