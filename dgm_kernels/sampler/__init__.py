@@ -239,11 +239,12 @@ def denoising_loss(
 
 
 def sample(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Callable[[Tensor, Tensor], Any],
     x: Tensor,
     table: SamplerTable,
     *,
     noise: NoiseKey | None = None,
+    guidance: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
@@ -251,10 +252,12 @@ def sample(
     """Runs a table from its first row to its last.
 
     Args:
-        denoiser: ``denoiser(x, time) -> model output``; ``time`` is float32 ``[batch]``, from ``table.times``.
+        denoiser: ``denoiser(x, time) -> model output``; ``time`` is float32 ``[batch]``, from ``table.times``. With
+            guidance it returns the pair (conditional output, unconditional output).
         x: the initial state, ``table.initial_sigma`` times standard normal noise.
         table: from ``dgm_kernels.tables``.
         noise: key of the trajectory; None draws one seed from PyTorch's generator.
+        guidance: scale of classifier-free guidance.
         known, mask: see :func:`sampler_step`.
         callback: called with (step, state) after every step.
 
@@ -265,14 +268,16 @@ def sample(
         noise = NoiseKey.draw(device=x.device)
     times = table.times.to(device=x.device, dtype=torch.float32)
     scales = table.input_scale.tolist()
-    previous = history = None
+    previous = None
     for step in range(len(table)):
         seen = x if scales[step] == 1.0 else x * scales[step]
-        m = denoiser(seen, times[step].expand(x.shape[0]))
+        output = denoiser(seen, times[step].expand(x.shape[0]))
+        m, guided = (output, None) if guidance is None else (output[0], (output[1], guidance))
         history = previous if table.needs_history[step] else None
-        new, x0 = sampler_step(x, m, table, step, noise=noise, history=history, known=known, mask=mask, return_x0=True)
-        previous = x0 if table.history == "x0" else x
-        x = new
+        options: dict[str, Any] = {"noise": noise, "history": history, "guidance": guided, "known": known, "mask": mask}
+        keeps_x0 = table.history == "x0"
+        result: Any = sampler_step(x, m, table, step, return_x0=keeps_x0, **options)
+        x, previous = result if keeps_x0 else (result, x)
         if callback is not None:
             callback(step, x)
     return x
