@@ -6,10 +6,11 @@ import contextlib
 import enum
 import json
 import math
+import operator
 import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import safetensors.torch
 import torch
@@ -33,7 +34,10 @@ class DensityUnavailable(RuntimeError):
 
 
 class Stream(enum.IntEnum):
-    """What the streams of a :class:`~dgm_kernels.NoiseKey` are used for, so that no two uses share noise."""
+    """What the streams of a :class:`~dgm_kernels.NoiseKey` are used for, so that no two uses share noise.
+
+    A run of training and a run of sampling may so have the same seed.
+    """
 
     STEPS = 0
     INITIAL_STATE = 1
@@ -42,6 +46,8 @@ class Stream(enum.IntEnum):
     DATA_ORDER = 4
     BOUND = 5
     BOUND_TIMES = 6
+    TRAINING_NOISE = 7
+    BOUND_PATHS = 8
 
 
 class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", model_card_template=_CARD):
@@ -61,6 +67,11 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
     sample_shape: tuple[int, ...]
     conditional: bool = False
     levels: int | None = None
+
+    def __new__(cls, *args: Any, **config: Any) -> Self:
+        """Records the arguments as the config; the mixin leaves out, without a word, what JSON cannot hold."""
+        values = [_plain(f"argument {place}", value) for place, value in enumerate(args, start=1)]
+        return super().__new__(cls, *values, **{name: _plain(name, value) for name, value in config.items()})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -91,8 +102,8 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         Args:
             x: ``[batch, *sample_shape]``.
             cond: what to condition on, one entry a sample, if the model is conditional.
-            key: names the noise of this step of training, which is then a pure function of the key; None draws a key
-                from PyTorch's generator.
+            key: names the noise of this step of training, which is then a pure function of the key (but for its
+                stream: see :class:`Stream`); None draws a key from PyTorch's generator.
         """
         return torch.stack(list(self.loss_parts(x, cond, key=key).values())).sum()
 
@@ -121,11 +132,12 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
             cond: what to condition on: ``[n, ...]``, or one int for all.
             first_sample: global index of the first sample; a process of several draws its own range.
             batch_size: how many to work on at a time; None takes all at once.
-            options: of the family.
+            options: of the family. A tensor with more dimensions than one sample has one entry a sample, or one for all.
         """
-        check_positive("n", n)
+        n = check_positive("n", n)
         batch_size = n if batch_size is None else check_positive("batch_size", batch_size)
         cond = self._check_cond(cond, n)
+        options = {name: self._check_option(name, value, n) for name, value in options.items()}
         with self._evaluating():
             parts = [
                 self._sample(
@@ -133,7 +145,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
                     seed,
                     None if cond is None else cond[start : start + batch_size],
                     first_sample + start,
-                    **options,
+                    **{name: self._entries(value, start, start + batch_size) for name, value in options.items()},
                 )
                 for start in range(0, n, batch_size)
             ]
@@ -196,13 +208,29 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
             return None
         if not self.conditional:
             raise ValueError(f"cond must be None: this {self.model_name} is not conditional")
-        if isinstance(cond, int):
-            return torch.full((n,), cond, device=self.device)
         if not isinstance(cond, Tensor):
-            raise TypeError(f"cond must be a tensor or an int, got {type(cond).__name__}")
+            number = _integer(cond)
+            if number is None:
+                raise TypeError(f"cond must be a tensor or an int, got {type(cond).__name__}")
+            return torch.full((n,), number, device=self.device)
         if cond.dim() == 0 or cond.shape[0] != n:
             raise ValueError(f"cond must have one entry for each of the {n} samples, got shape {tuple(cond.shape)}")
         return cond.to(self.device)
+
+    def _check_option(self, name: str, value: Any, n: int) -> Any:
+        """An option of :meth:`sample`; a tensor comes to the model's device."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() > len(self.sample_shape) and value.shape[0] not in (1, n):
+            raise ValueError(
+                f"{name} must have one entry for each of the {n} samples, or one, got shape {tuple(value.shape)}"
+            )
+        return value.to(self.device)
+
+    def _entries(self, option: Any, start: int, stop: int) -> Any:
+        """What an option of :meth:`sample` says about some of the samples."""
+        one_each = isinstance(option, Tensor) and option.dim() > len(self.sample_shape) and option.shape[0] > 1
+        return option[start:stop] if one_each else option
 
     def _save_pretrained(self, save_directory: pathlib.Path) -> None:
         config = {"model": self.model_name, "dtype": str(self.dtype).removeprefix("torch."), **self.config}
@@ -245,6 +273,33 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
 
 def check_positive(name: str, value: int) -> int:
     """``value`` if it is a positive int, else an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = _integer(value)
+    if number is None or number < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
-    return value
+    return number
+
+
+def check_natural(name: str, value: int) -> int:
+    """``value`` if it is an int from 0 on, else an error that names it."""
+    number = _integer(value)
+    if number is None or number < 0:
+        raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+    return number
+
+
+def _integer(value: object) -> int | None:
+    """The number as an int, NumPy's integers too; None for anything else, bool and tensors among it."""
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _plain(name: str, value: Any) -> Any:
+    """``value`` as JSON holds it; arrays and tensors become lists or numbers."""
+    try:
+        return json.loads(json.dumps(value, default=lambda array: array.tolist()))
+    except (AttributeError, TypeError):
+        raise TypeError(f"{name} must be a JSON value, an array or a tensor, got {type(value).__name__}") from None

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from dgm_kernels import NoiseKey, noise_like
 
 from .data import Dataset, Split
-from .model import GenerativeModel, Stream, check_positive
+from .model import GenerativeModel, Stream, check_natural, check_positive
 
 CHECKPOINT_FILE = "checkpoint.pt"
 SETTINGS_FILE = "training.json"
-_VALIDATION_SEED = 2**63  # the same validation noise for every run, so that their losses compare
+# The same validation noise for every run, so that their losses compare; no training sample has such an index.
+_VALIDATION_KEY = NoiseKey(0, first_sample=2**55)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validate_every", "validation_draws"):
-            check_positive(name, getattr(self, name))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+        for name in ("warmup", "seed"):
+            object.__setattr__(self, name, check_natural(name, getattr(self, name)))
         for name in ("lr", "clip_grad"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
@@ -156,7 +159,7 @@ class Trainer:
         was_training = model.training
         model.eval()
         draws = range(self.settings.validation_draws)
-        losses = [model.loss(split.x, cond, key=NoiseKey(_VALIDATION_SEED, step=draw)) for draw in draws]
+        losses = [model.loss(split.x, cond, key=_VALIDATION_KEY.at(draw)) for draw in draws]
         model.train(was_training)
         return float(torch.stack(losses).mean())
 

@@ -77,19 +77,17 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
 
 // ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is a float or CPU vectors of them.
 
-// -2 ln(u) for u in (0, 1]: u = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), a minimax polynomial for ln(1 + f).
+// -2 ln(u) for u in (0, 1]: u = 2^e (1 + f) with 1 + f in [3/4, 3/2), a minimax polynomial for ln(1 + f).
 template <class F>
 DGM_INLINE F minus_two_log(F u) {
-  const auto bits = bit_cast<I32>(u);
-  const auto offset = bits - 0x3F3504F3;
-  const auto e = to_float(offset >> 23);
-  const auto f = bit_cast<F32>(bits - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
-  auto p = f * 0.08700435608625412f - 0.14267486333847046f;
-  p = p * f + 0.14914767444133759f;
-  p = p * f - 0.1657758504152298f;
-  p = p * f + 0.19963063299655914f;
-  p = p * f - 0.2500133812427521f;
-  p = p * f + 0.3333390951156616f;
+  F e, f;
+  split_exponent(u, e, f);
+  auto p = f * 0.05559724196791649f - 0.12114135921001434f;
+  p = p * f + 0.14904440939426422f;
+  p = p * f - 0.16788817942142487f;
+  p = p * f + 0.19982320070266724f;
+  p = p * f - 0.24996361136436462f;
+  p = p * f + 0.33333471417427063f;
   p = p * f - 0.5f;
   p = p * (f * f) + f;
   return e * -1.3862943611198906f - p * 2.0f;

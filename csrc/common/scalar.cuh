@@ -47,6 +47,13 @@ DGM_INLINE float to_float(uint32_t x) { return __uint2float_rn(x); }
 
 DGM_INLINE float to_float(int32_t x) { return __int2float_rn(x); }
 
+// u = 2^e (1 + f) with 1 + f in [3/4, 3/2), for a positive normal u.
+DGM_INLINE void split_exponent(float u, float& e, float& f) {
+  const I32 offset = bit_cast<I32>(u) - 0x3F400000;
+  e = to_float(offset >> 23);
+  f = bit_cast<F32>(bit_cast<I32>(u) - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
+}
+
 DGM_INLINE float select_odd(uint32_t number, float odd, float even) { return number & 1u ? odd : even; }
 
 // x, its sign flipped where the top bit of `pattern` is set.

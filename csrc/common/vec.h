@@ -200,6 +200,20 @@ DGM_INLINE F32 to_float(U32 x) {
 
 DGM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 
+// u = 2^e (1 + f) with 1 + f in [3/4, 3/2), for a positive normal u.
+DGM_INLINE void split_exponent(F32 u, F32& e, F32& f) {
+#if defined(__AVX512F__)
+  // 4/3 u reaches the next power of two where u reaches 3/4 of it, in float32 too (checked for every float in (0, 1]).
+  e = reinterpret_cast<F32>(_mm512_getexp_ps(reinterpret_cast<__m512>(u * 1.33333337f)));
+  f = reinterpret_cast<F32>(_mm512_getmant_ps(reinterpret_cast<__m512>(u), _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero)) -
+      1.0f;
+#else
+  const I32 offset = bit_cast<I32>(u) - 0x3F400000;
+  e = to_float(offset >> 23);
+  f = bit_cast<F32>(bit_cast<I32>(u) - (offset & static_cast<int32_t>(0xFF800000))) - 1.0f;
+#endif
+}
+
 DGM_INLINE F32 select_odd(U32 number, F32 odd, F32 even) {
 #if defined(__AVX512F__)
   const __mmask16 is_odd = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(number), _mm512_set1_epi32(1));
@@ -233,6 +247,11 @@ DGM_INLINE Pack<F32, N> to_float(Pack<V, N> x) {
   Pack<F32, N> result;
   DGM_EACH result.v[i] = to_float(x.v[i]);
   return result;
+}
+
+template <int N>
+DGM_INLINE void split_exponent(Pack<F32, N> u, Pack<F32, N>& e, Pack<F32, N>& f) {
+  DGM_EACH split_exponent(u.v[i], e.v[i], f.v[i]);
 }
 
 template <int N>
@@ -317,12 +336,12 @@ DGM_INLINE void store_float16(uint16_t* to, F32 value) {
 
 DGM_INLINE int element_size(DType dtype) { return dtype == DType::Float32 ? 4 : dtype == DType::Bool ? 1 : 2; }
 
-// Asks for the elements from `index` on that the next block will need: noise takes so long to work out that the
-// processor does not look that far ahead by itself.
-DGM_INLINE void prefetch_block(const Operand& operand, int64_t index) {
-  const char* from = static_cast<const char*>(operand.data) + index * element_size(operand.dtype);
-  const int bytes = kBlock * element_size(operand.dtype);
-  for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset);
+// Asks for the block that starts at `from`. The processor looks ahead by itself, but not past 4 KiB, nor over the long
+// stretches in which noise is worked out; four blocks ahead measured best of 1, 2, 4 and 8.
+constexpr int kBlocksAhead = 4;
+
+DGM_INLINE void prefetch_block(const char* from, int element_bytes) {
+  for (int offset = 0; offset < kBlock * element_bytes; offset += 64) __builtin_prefetch(from + offset);
 }
 
 template <class T, class Load>
@@ -377,7 +396,9 @@ DGM_NOINLINE void convert_from_floats(const float* from, int64_t count, DType dt
 class Reader {
  public:
   DGM_INLINE_METHOD const float* block(const Operand& operand, int64_t index, int64_t left) {
-    const char* from = static_cast<const char*>(operand.data) + index * element_size(operand.dtype);
+    const int size = element_size(operand.dtype);
+    const char* from = static_cast<const char*>(operand.data) + index * size;
+    prefetch_block(from + kBlocksAhead * kBlock * size, size);
     if (operand.dtype == DType::Float32 && left >= kBlock) return reinterpret_cast<const float*>(from);
     convert_to_floats(from, operand.dtype, left < kBlock ? left : kBlock, buffer_);
     return buffer_;

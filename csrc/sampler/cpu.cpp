@@ -177,14 +177,9 @@ class Stepper {
 
   DGM_INLINE_METHOD void block(int64_t element, int64_t index, int64_t left) {
     const int count = vectors(left);
-    const float* noise = nullptr;
-    if (parts_.noise) {
-      prefetch_block(a_.x, index + kBlock);
-      prefetch_block(a_.model_output, index + kBlock);
-      noise = source_.block(element, index, left);
-    }
     const float* x = readers_[0].block(a_.x, index, left);
     const float* m = readers_[1].block(a_.model_output, index, left);
+    const float* noise = parts_.noise ? source_.block(element, index, left) : nullptr;
     float* out = out_.block(a_.out, index, left);
     if (!plain_)
       optional_parts(count, index, left, x, m, noise, out);
@@ -253,9 +248,8 @@ void add_noise(const AddNoiseArgs& a, int64_t begin, int64_t end) {
     Writer writer;
     for (int64_t e = first; e < stop; e += kBlock) {
       const int64_t index = sample * a.shape.elements + e, left = stop - e;
-      prefetch_block(a.x0, index + kBlock);
-      const float* noise = source.block(e, index, left);
       const float* x0 = reader.block(a.x0, index, left);
+      const float* noise = source.block(e, index, left);
       float* out = writer.block(a.out, index, left);
       for (int i = 0; i < vectors(left) * kWidth; i += kWidth) store(out + i, noised(r, load(x0 + i), load(noise + i)));
       writer.finish();
@@ -299,10 +293,8 @@ void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
     F32 squares[4] = {};
     for (int64_t e = first; e < stop; e += kBlock) {
       const int64_t index = sample * a.shape.elements + e, left = stop - e;
-      prefetch_block(a.model_output, index + kBlock);
-      if (r.cx != 0.0f) prefetch_block(a.x0, index + kBlock);
-      const float* noise = source.block(e, index, left);
       const float* m = m_reader.block(a.model_output, index, left);
+      const float* noise = source.block(e, index, left);
       float* to = a.residual.data ? writer.block(a.residual, index, left) : unwanted;
       if (r.cx != 0.0f)
         residual_block<true>(r, left, m, x0_reader.block(a.x0, index, left), noise, to, squares);

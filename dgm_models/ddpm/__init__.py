@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,7 +52,8 @@ class DDPM(GenerativeModel):
         num_classes: classes to condition on; None for none.
         cond_dropout: share of training samples whose class is hidden, for classifier-free guidance (Ho and Salimans,
             2022).
-        clip: bound on the predicted clean sample; None for unbounded data.
+        clip: bound on the predicted clean sample; None for unbounded data. Samplers use it, unless they are given a
+            ``dynamic_threshold``.
         levels: grey levels of the data in [-1, 1], equally spaced, for the ELBO; None for continuous data.
     """
 
@@ -96,23 +96,21 @@ class DDPM(GenerativeModel):
         if label is not None:
             hidden = _uniform(x, key, Stream.DROPPED_LABELS) <= self.cond_dropout
             label = label.masked_fill(hidden, self.num_classes or 0)
-        noisy = add_noise(x, self.training_table, t, key)
-        output = self.denoiser(noisy, t.to(x.dtype), label)
-        return {"denoising": denoising_loss(output, x, self.training_table, t, key)}
+        noise = dataclasses.replace(key, stream=Stream.TRAINING_NOISE)
+        noisy = add_noise(x, self.training_table, t, noise)
+        output = self.denoiser(noisy, t.to(torch.float32), label)
+        return {"denoising": denoising_loss(output, x, self.training_table, t, noise)}
 
-    def denoise(self, x: Tensor, time: Tensor, cond: Tensor | None = None, guidance: float = 1.0) -> Tensor:
-        """The network's prediction, guided away from the prediction without the class: ``m_u + guidance (m_c - m_u)``.
+    def denoise(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The network's prediction (config: ``prediction``) from noisy samples.
 
         Args:
             x: ``[batch, *image_shape]``, noisy.
             time: ``[batch]``, 0 .. T - 1.
             cond: int64 ``[batch]`` classes, or None.
-            guidance: 1 for the class as it is, more to exaggerate it, 0 to ignore it.
         """
-        output = self.denoiser(x, time.to(x.dtype), self._labels(cond, x))
-        if cond is None or guidance == 1:
-            return output
-        return torch.lerp(self.denoiser(x, time.to(x.dtype), self._labels(None, x)), output, guidance)
+        # Never in the dtype of x: bfloat16 has no odd number above 256.
+        return self.denoiser(x, time.to(torch.float32), self._labels(cond, x))
 
     def sampler_table(
         self, sampler: str | SamplerTable = "ddpm", steps: int | None = None, **options: Any
@@ -134,7 +132,8 @@ class DDPM(GenerativeModel):
             return sampler
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be a table or one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        options = {"clip": self.clip, **options}
+        if options.get("dynamic_threshold") is None:
+            options = {"clip": self.clip, **options}
         return getattr(tables, sampler)(self.schedule, steps, prediction=self.prediction, **options)
 
     def _sample(
@@ -147,6 +146,8 @@ class DDPM(GenerativeModel):
         sampler: str | SamplerTable = "ddpm",
         steps: int | None = None,
         guidance: float = 1.0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
         **options: Any,
     ) -> Tensor:
@@ -155,15 +156,32 @@ class DDPM(GenerativeModel):
         Args:
             n, seed, cond, first_sample: see ``sample``.
             sampler, steps, options: see :meth:`sampler_table`.
-            guidance: see :meth:`denoise`; not 1 only with ``cond``.
+            guidance: scale w of classifier-free guidance, ``m_u + w (m_c - m_u)``: 1 for the class as it is, more to
+                exaggerate it, 0 to ignore it. Not 1 only with ``cond``.
+            known: samples whose pixels are given where ``mask`` is 1, for inpainting; both broadcast to the samples.
+            mask: 1 (or True) where ``known`` is kept, 0 where the model paints.
             callback: called with (step, state) after every step.
         """
         if guidance != 1 and cond is None:
             raise ValueError(f"guidance must be 1 without cond, got {guidance!r}")
         table = self.sampler_table(sampler, steps, **options)
         x = self._initial_state(n, seed, first_sample, table)
-        denoise = functools.partial(self.denoise, cond=cond, guidance=guidance)
-        return dgm_kernels.sample(denoise, x, table, noise=NoiseKey(seed, first_sample), callback=callback)
+        guided = guidance != 1
+
+        def denoise(x: Tensor, time: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            output = self.denoise(x, time, cond)
+            return (output, self.denoise(x, time)) if guided else output
+
+        return dgm_kernels.sample(
+            denoise,
+            x,
+            table,
+            noise=NoiseKey(seed, first_sample),
+            guidance=guidance if guided else None,
+            known=known,
+            mask=mask,
+            callback=callback,
+        )
 
     @torch.no_grad()
     def trajectory(
@@ -174,9 +192,11 @@ class DDPM(GenerativeModel):
         first_sample: int = 0,
         *,
         frames: int = 10,
-        guidance: float = 1.0,
         sampler: str | SamplerTable = "ddpm",
         steps: int | None = None,
+        guidance: float = 1.0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         **options: Any,
     ) -> list[tuple[str, Tensor]]:
         """At most ``frames`` states from noise to sample, labelled with their time t; options as in ``sample``."""
@@ -193,7 +213,8 @@ class DDPM(GenerativeModel):
             if step + 1 in kept:
                 states[step + 1] = x
 
-        self.sample(n, seed, cond, first_sample, sampler=table, guidance=guidance, callback=record)
+        how = {"sampler": table, "guidance": guidance, "known": known, "mask": mask, "callback": record}
+        self.sample(n, seed, cond, first_sample, **how)
         return [(times[step], scales[step] * states[step]) for step in sorted(kept)]
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -223,7 +244,8 @@ class DDPM(GenerativeModel):
                 takes all.
             seed, first_sample: name the noise, as in ``sample``.
         """
-        if check_positive("k", k) == 1:
+        k = check_positive("k", k)
+        if k == 1:
             return self.elbo_terms(x, cond, times=times, seed=seed, first_sample=first_sample).elbo
         if times is not None:
             raise ValueError(f"times must be None with k > 1: a trajectory visits every time, got {times!r}")
@@ -271,15 +293,15 @@ class DDPM(GenerativeModel):
 
 def _schedule(schedule: str | Sequence[float], timesteps: int) -> Schedule:
     check_positive("timesteps", timesteps)
+    if not isinstance(schedule, str):
+        return Schedule.from_betas(schedule)
     if schedule == "linear":
         return Schedule.linear(timesteps, 0.1 / timesteps, 20.0 / timesteps)
     if schedule == "cosine":
         return Schedule.cosine(timesteps)
     if schedule == "scaled_linear":
         return Schedule.scaled_linear(timesteps)
-    if isinstance(schedule, str):
-        raise ValueError(f"schedule must be 'linear', 'cosine', 'scaled_linear' or a list of betas, got {schedule!r}")
-    return Schedule.from_betas(schedule)
+    raise ValueError(f"schedule must be 'linear', 'cosine', 'scaled_linear' or a list of betas, got {schedule!r}")
 
 
 def _denoiser(
@@ -293,8 +315,9 @@ def _denoiser(
 
 
 def _uniform(x: Tensor, key: NoiseKey, stream: Stream) -> Tensor:
-    """One number in (0, 1] for every sample."""
-    return noise_like(x.new_empty(x.shape[0], 1), dataclasses.replace(key, stream=stream), distribution="uniform")[:, 0]
+    """One float32 number in (0, 1] for every sample, the same whatever the dtype of ``x``."""
+    like = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return noise_like(like, dataclasses.replace(key, stream=stream), distribution="uniform")[:, 0]
 
 
 def _random_times(x: Tensor, count: int, key: NoiseKey) -> Tensor:

@@ -66,7 +66,7 @@ def importance_weighted(model: DDPM, x: Tensor, k: int, cond: Tensor | None, see
     samples = (index[:, None] * k + torch.arange(k, device=x.device)).flatten()
     paths = x.repeat_interleave(k, 0)
     cond = None if cond is None else cond.repeat_interleave(k, 0)
-    weights = _path_log_weights(model, paths, cond, NoiseKey(seed, samples=samples, stream=Stream.BOUND))
+    weights = _path_log_weights(model, paths, cond, NoiseKey(seed, samples=samples, stream=Stream.BOUND_PATHS))
     return weights.reshape(batch, k).logsumexp(1) - math.log(k)
 
 
@@ -106,7 +106,7 @@ def _times(model: DDPM, x: Tensor, times: int | None, seed: int, first_sample: i
         return
     check_positive("times", times)
     key = NoiseKey(seed, first_sample, stream=Stream.BOUND_TIMES)
-    uniform = noise_like(x.new_empty(x.shape[0], times), key, distribution="uniform")
+    uniform = noise_like(x.new_empty(x.shape[0], times, dtype=torch.float32), key, distribution="uniform")
     for stratum in range(times if count else 0):
         place = (stratum + uniform[:, stratum]) / times
         yield (place * count).ceil().long().clamp(1, count)

@@ -23,7 +23,8 @@ def sinusoidal_embedding(time: Tensor, size: int, max_period: float = 10000.0) -
 class Condition(nn.Module):
     """Time and label to a vector: an MLP on the sinusoidal embedding, plus a learnt vector for every class.
 
-    Label ``num_classes`` stands for "no class".
+    The time is float32 or float64 whatever the weights are: 16 bits do not tell 997 from 996. Label ``num_classes``
+    stands for "no class".
     """
 
     def __init__(self, size: int, num_classes: int | None) -> None:
