@@ -132,7 +132,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
             cond: what to condition on: ``[n, ...]``, or one int for all.
             first_sample: global index of the first sample; a process of several draws its own range.
             batch_size: how many to work on at a time; None takes all at once.
-            options: of the family. A tensor with more dimensions than one sample has one entry a sample, or one for all.
+            options: of the family. A tensor with more dimensions than a sample has one entry a sample, or one for all.
         """
         n = check_positive("n", n)
         batch_size = n if batch_size is None else check_positive("batch_size", batch_size)

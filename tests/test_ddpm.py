@@ -12,44 +12,12 @@ import dgm_kernels
 from dgm_kernels import NoiseKey, Schedule, add_noise, noise_like, tables
 from dgm_models import DensityUnavailable, create_model
 from dgm_models.data import digits
-from dgm_models.ddpm import DDPM, MLP, SAMPLERS, UNet
-from dgm_models.ddpm.bound import discretized_normal_log_prob
+from dgm_models.ddpm import DDPM, MLP, UNet
+from dgm_models.ddpm.bound import discretized_normal_log_prob, importance_weighted
 from dgm_models.train import Settings, Trainer
+from tests.ddpm_models import gaussian_data, gaussian_model, small_model
 
 SCHEDULES = {"linear": Schedule.linear(100, 1e-3, 0.2), "cosine": Schedule.cosine(100)}
-
-
-class OptimalDenoiser(nn.Module):
-    """The best possible network for data ``N(mean, std^2)``, from ``E[x_0 | x_t]``."""
-
-    def __init__(self, model: DDPM, mean: float, std: float) -> None:
-        super().__init__()
-        self.parameter = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.schedule, self.prediction, self.mean, self.std = model.schedule, model.prediction, mean, std
-
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        assert torch.equal(time, time.round()), "the model must be told the index of a training time"
-        alpha, sigma = (getattr(self.schedule, name)[time.long()][:, None] for name in ("alpha_t", "sigma_t"))
-        shrink = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
-        x0 = self.mean + shrink * (x - alpha * self.mean)
-        eps = (x - alpha * x0) / sigma
-        return {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}[self.prediction]
-
-
-def gaussian_model(mean: float = 0.3, std: float = 0.7, elements: int = 2, **config: object) -> DDPM:
-    """A model in float64 whose denoiser is the best one for ``N(mean, std^2)``."""
-    config = {"timesteps": 100, "schedule": "cosine", "clip": None, "levels": None, **config}
-    model = create_model("ddpm", image_shape=(elements,), denoiser="mlp", width=8, depth=1, **config)
-    model.denoiser = OptimalDenoiser(model, mean, std)
-    return model.eval()
-
-
-def gaussian_data(n: int, mean: float = 0.3, std: float = 0.7, elements: int = 2) -> Tensor:
-    return mean + std * noise_like(torch.empty(n, elements, dtype=torch.float64), NoiseKey(123, stream=9))
-
-
-def small_model(**config: object) -> DDPM:
-    return create_model("ddpm", **{"denoiser": "mlp", "width": 32, "depth": 1, "timesteps": 20, **config})
 
 
 # F1: forward step, marginal, posterior
@@ -107,8 +75,8 @@ def test_F1_add_noise_draws_from_the_marginal() -> None:
 def test_F2_loss_is_the_squared_error_of_the_target(prediction: str) -> None:
     model = gaussian_model(prediction=prediction)
     x, key = gaussian_data(20_000), NoiseKey(5, step=3)
-    noise = noise_like(x, key)
-    uniform = noise_like(x[:, :1], NoiseKey(5, step=3, stream=2), distribution="uniform")[:, 0]
+    noise = noise_like(x, NoiseKey(5, step=3, stream=7))
+    uniform = noise_like(x[:, :1].float(), NoiseKey(5, step=3, stream=2), distribution="uniform")[:, 0]
     t = (uniform * 100).ceil().long().clamp(1, 100) - 1
     assert torch.bincount(t, minlength=100).sub(200).abs().max() < 5 * 200**0.5, "all times are equally likely"
     alpha, sigma = (v[t][:, None] for v in (model.schedule.alpha_t, model.schedule.sigma_t))
@@ -220,11 +188,11 @@ def test_F2_elbo_importance_weighted_rises_to_the_log_probability() -> None:
 
 
 def test_F2_elbo_importance_weighted_agrees_with_the_closed_form_for_one_path() -> None:
-    """The mean of log p/q is the closed-form bound; the log-mean-exp of paths that hardly differ is near their mean."""
-    model, x = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5], std=1e-3), gaussian_data(1, std=1e-3).expand(4000, 2)
-    closed, weighted = model.elbo(x), model.elbo(x, k=2)
-    error = (closed.var() / 4000 + weighted.var() / 4000) ** 0.5
-    assert abs(float(closed.mean() - weighted.mean())) < 5 * float(error) + 1e-3
+    """The mean of log p/q over paths is the closed-form bound."""
+    model, x = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5]), gaussian_data(1).expand(20_000, 2)
+    closed, one_path = model.elbo(x), importance_weighted(model, x, 1, None, seed=0, first_sample=0)
+    error = (closed.var() / 20_000 + one_path.var() / 20_000) ** 0.5
+    assert abs(float(closed.mean() - one_path.mean())) < 5 * float(error) < 0.1
 
 
 def test_F2_elbo_of_grey_levels_is_a_probability() -> None:
@@ -265,15 +233,6 @@ def test_F2_elbo_refuses_bad_input() -> None:
         model.log_prob(torch.zeros(1, 1, 8, 8))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_F2_samplers_draw_from_the_data_distribution(sampler: str) -> None:
-    """With the best denoiser; the tolerance covers the error of the steps and of 2000 samples of 2 elements."""
-    x = gaussian_model(timesteps=1000, schedule="linear").sample(2000, seed=1, sampler=sampler)
-    assert abs(float(x.mean()) - 0.3) < 0.05
-    assert abs(float(x.std()) - 0.7) < 0.05
-    assert abs(float(torch.corrcoef(x.T)[0, 1])) < 0.1
-
-
 def test_F2_ancestral_sampling_matches_its_exact_distribution() -> None:
     model = gaussian_model(schedule=[0.1, 0.3, 0.4, 0.5], elements=1)
     x = model.sample(20_000, seed=2)
@@ -282,16 +241,6 @@ def test_F2_ancestral_sampling_matches_its_exact_distribution() -> None:
     density = model_log_prob(model, z, 0.3, 0.7).exp()
     found = ((spread[:, 0] - z).abs() < 0.05).double().mean(1) / 0.1
     assert float((found - density).abs().max()) < 0.04
-
-
-def test_F2_guidance_extrapolates_between_the_two_predictions() -> None:
-    model, x, time = small_model(num_classes=3), torch.randn(4, 1, 8, 8), torch.arange(4)
-    label = torch.tensor([0, 2, 1, 1])
-    with_class, without = model.denoise(x, time, label), model.denoise(x, time)
-    assert (with_class - without).abs().max() > 1e-3
-    expected = without + 2.5 * (with_class - without)
-    torch.testing.assert_close(model.denoise(x, time, label, guidance=2.5), expected)
-    torch.testing.assert_close(model.denoise(x, time, label, guidance=0.0), without)
 
 
 def test_F2_condition_dropout_hides_the_class() -> None:
@@ -314,33 +263,6 @@ def test_F2_condition_refuses_bad_input() -> None:
         model.loss(x, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="guidance must be 1 without cond"):
         model.sample(2, guidance=3.0)
-
-
-def test_F2_sample_options() -> None:
-    model = small_model()
-    table = tables.ddim(model.schedule, 5, clip=1.0)
-    assert torch.equal(model.sample(2, sampler=table), model.sample(2, sampler="ddim", steps=5))
-    assert model.sample(8, sampler="ddim", steps=5).abs().max() <= 1.0
-    with pytest.raises(ValueError, match=r"sampler must be a table or one of ddim, ddpm, .* got 'leapfrog'"):
-        model.sample(2, sampler="leapfrog")
-    with pytest.raises(ValueError, match="sampler must be a table for prediction 'eps', got 'v'"):
-        model.sample(2, sampler=tables.ddim(model.schedule, 5, prediction="v"))
-    with pytest.raises(ValueError, match="steps and options belong to a sampler given by its name"):
-        model.sample(2, sampler=table, steps=3)
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "euler", "heun"])
-def test_F2_trajectory_goes_from_the_noise_to_the_sample(sampler: str) -> None:
-    model = small_model()
-    frames = model.trajectory(3, seed=4, first_sample=2, sampler=sampler, frames=5)
-    labels, states = zip(*frames, strict=True)
-    assert len(frames) == 5
-    assert labels[0] == "t = 20"
-    assert labels[-1] == "t = 0"
-    noise = noise_like(torch.empty(3, 1, 8, 8), NoiseKey(4, first_sample=2, stream=1))
-    tolerance = 0.02  # the scaled state of euler and heun starts with sigma_T, not 1
-    torch.testing.assert_close(states[0], noise, rtol=tolerance, atol=tolerance)
-    assert torch.equal(states[-1], model.sample(3, seed=4, first_sample=2, sampler=sampler))
 
 
 # F3: schedules

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pathlib
+import re
 
 import matplotlib.image
 import numpy as np
@@ -107,6 +108,33 @@ def test_sampling_happens_in_evaluation_mode_and_gives_the_mode_back() -> None:
     ((label, last),) = model.trajectory(4, seed=1, cond=2, first_sample=9)
     assert label == "sample"
     assert torch.equal(last, expected)
+
+
+def test_numpy_integers_are_ints(tmp_path: pathlib.Path) -> None:
+    three = np.int64(3)
+    model = create_model("ddpm", **{**TINY, "timesteps": np.int64(10)}, num_classes=np.int32(10))
+    expected = model.sample(3, seed=3, cond=3, first_sample=3, sampler="ddim", steps=3, batch_size=3)
+    options = {"sampler": "ddim", "steps": three, "batch_size": three}
+    assert torch.equal(model.sample(three, seed=three, cond=three, first_sample=three, **options), expected)
+    assert len(model.trajectory(three, cond=three, frames=three)) == 3
+    x = digits().test.x[:2]
+    assert torch.equal(model.elbo(x, k=np.int64(2), seed=three), model.elbo(x, k=2, seed=3))
+    settings = Settings(steps=three, batch_size=np.int32(5), validate_every=three, seed=three)
+    trainer = Trainer(model, digits(), settings, tmp_path)
+    trainer.run(progress=False)
+    assert json.loads((tmp_path / "training.json").read_text())["seed"] == 3
+    assert from_pretrained(tmp_path).config == model.config
+
+
+def test_the_config_holds_arrays_as_lists() -> None:
+    """The mixin drops what JSON cannot hold: the model would be saved with another schedule."""
+    betas = [0.125, 0.25]
+    for schedule in (np.array(betas), torch.tensor(betas), [np.float32(b) for b in betas]):
+        model = create_model("ddpm", **TINY, schedule=schedule)
+        assert model.config["schedule"] == betas
+        assert model.schedule.betas.tolist() == betas
+    with pytest.raises(TypeError, match="schedule must be a JSON value, an array or a tensor, got set"):
+        create_model("ddpm", **TINY, schedule={0.1, 0.2})
 
 
 def test_sample_refuses_bad_input() -> None:
@@ -285,7 +313,15 @@ def test_training_stops_when_the_loss_is_not_finite() -> None:
 
 
 def test_settings_refuse_bad_values() -> None:
-    for name, value in (("steps", 0), ("batch_size", 1.5), ("lr", 0.0), ("clip_grad", math.nan), ("ema", 1.0)):
+    for name, value in (
+        ("steps", 0),
+        ("seed", -1),
+        ("warmup", 0.5),
+        ("batch_size", 1.5),
+        ("lr", 0.0),
+        ("clip_grad", math.nan),
+        ("ema", 1.0),
+    ):
         with pytest.raises(ValueError, match=f"{name} must be "):
             Settings(**{name: value})
 
@@ -391,6 +427,11 @@ def test_cli_reports_errors(tmp_path: pathlib.Path) -> None:
     status, text = run("train", "ddpm", "--out", tmp_path, "--set", "depth=0", "--set", "denoiser=mlp")
     assert (status, text) == (2, "python -m dgm_models train: error: depth must be a positive int, got 0\n")
     assert run("train", "ddpm", "--out", tmp_path, "--resume")[0] == 2
+    diverging = ["--lr", 1e30, "--steps", 5, "--batch-size", 100, "--quiet", "--device", "cpu"]
+    status, text = run("train", "ddpm", "--out", tmp_path / "run", *diverging, *config_options(TINY))
+    assert status == 2
+    expected = r"python -m dgm_models train: error: the loss is no longer finite at step \d+; try a smaller lr\n"
+    assert re.fullmatch(expected, text), text
     status, text = run("sample", "--from", tmp_path / "nowhere")
     assert status == 2
     assert "nowhere" in text

@@ -20,6 +20,9 @@ from .unet import UNet
 
 __all__ = ["DDPM", "MLP", "SAMPLERS", "UNet"]
 
+# "probability_flow" discretises the flow of the SDE and wants a schedule of small betas: with the best denoiser for
+# N(0.3, 0.7^2), T = 1000 and no clip its samples have a standard deviation of 0.71 with "linear" but of 1.41 with
+# "cosine", whose last beta is 0.999. "ddim", which follows the same flow, is right with both: 0.70.
 SAMPLERS = (
     "ddim",
     "ddpm",
@@ -213,7 +216,7 @@ class DDPM(GenerativeModel):
             if step + 1 in kept:
                 states[step + 1] = x
 
-        how = {"sampler": table, "guidance": guidance, "known": known, "mask": mask, "callback": record}
+        how: dict[str, Any] = {"sampler": table, "guidance": guidance, "known": known, "mask": mask, "callback": record}
         self.sample(n, seed, cond, first_sample, **how)
         return [(times[step], scales[step] * states[step]) for step in sorted(kept)]
 

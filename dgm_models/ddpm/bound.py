@@ -9,6 +9,8 @@ cells at the ends reach to infinity). Then (Ho et al., 2020, equation 5)
 
 and each divergence of the sum is ``(snr_s - snr_t) / 2 |x_0 - x0(x_t)|^2`` (Kingma et al., "Variational diffusion
 models", 2021), so the bound is the same function of x0 for every parametrisation.
+
+Only the network works in the dtype of the weights; all else is float32, or float64 for such data.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class Terms(NamedTuple):
 
 def variational(model: DDPM, x: Tensor, cond: Tensor | None, times: int | None, seed: int, first_sample: int) -> Terms:
     """The bound with every divergence in closed form, given one draw of each x_t."""
+    x = _wide(x)
     key = NoiseKey(seed, first_sample, stream=Stream.BOUND)
     gain, table = _snr_steps(model, x), model.sampler_table("ddim")
     total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
@@ -61,7 +64,7 @@ def variational(model: DDPM, x: Tensor, cond: Tensor | None, times: int | None, 
 
 def importance_weighted(model: DDPM, x: Tensor, k: int, cond: Tensor | None, seed: int, first_sample: int) -> Tensor:
     """``log mean_k p(x_0:T) / q(x_1:T | x_0)`` over k paths drawn from q (Burda et al., IWAE, 2016), ``[batch]``."""
-    batch = x.shape[0]
+    x, batch = _wide(x), x.shape[0]
     index = first_sample + torch.arange(batch, device=x.device)
     samples = (index[:, None] * k + torch.arange(k, device=x.device)).flatten()
     paths = x.repeat_interleave(k, 0)
@@ -114,7 +117,7 @@ def _times(model: DDPM, x: Tensor, times: int | None, seed: int, first_sample: i
 
 def _predict_clean(model: DDPM, table: SamplerTable, noisy: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
     """The x0 that the sampler uses at index t, clipped as it clips it; ``table`` has a row for every time."""
-    output = model.denoise(noisy, t, cond)
+    output = model.denoise(noisy.to(model.dtype), t, cond)
     return sampler_step(noisy, output, table, len(table) - 1 - t, return_x0=True)[1]
 
 
@@ -149,6 +152,10 @@ def discretized_normal_log_prob(x: Tensor, mean: Tensor, scale: float, levels: i
     upper, lower = upper.where(~flip, -lower), lower.where(~flip, -upper)
     top, bottom = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     return top + torch.log1p(-torch.exp(bottom - top))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum(values: Tensor) -> Tensor:
