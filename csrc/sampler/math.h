@@ -40,10 +40,10 @@ DGM_INLINE F affine(const StepRow& r, F x, F x0, F m) {
   return r.ax * x + r.a0 * x0 + r.am * m;
 }
 
-// x' + mask (ak known + sk noise - x')
+// (1 - mask) x' + mask (ak known + sk noise): exact where the mask is 0 or 1
 template <class F>
 DGM_INLINE F inpainted(const StepRow& r, F next, F known, F mask, F noise) {
-  return next + mask * (r.ak * known + r.sk * noise - next);
+  return mask * (r.ak * known + r.sk * noise) + (1.0f - mask) * next;
 }
 
 // x_t = alpha x0 + sigma noise

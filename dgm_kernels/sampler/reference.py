@@ -95,7 +95,8 @@ def sampler_step(
         new = new + _scaled(an, noise)
     if known is not None and mask is not None:
         goal = ak * _compute(known) + (0.0 if noise is None else _scaled(sk, noise))
-        new = new + mask.to(new.dtype) * (goal - new)
+        share = mask.to(new.dtype)
+        new = share * goal + (1 - share) * new
     return new.to(x.dtype), x0.to(x.dtype)
 
 

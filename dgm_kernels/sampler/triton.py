@@ -253,7 +253,8 @@ def _step_kernel(
         new += _term(_column(c, 8), noise, DRAWN)
     if known_ptr is not None:
         goal = _column(c, 9) * _load(known_ptr, at, exists) + _term(_column(c, 10), noise, DRAWN)
-        new += _load(mask_ptr, at, exists) * (goal - new)
+        share = _load(mask_ptr, at, exists)
+        new = share * goal + (1.0 - share) * new
     tl.store(out_ptr + at, new, exists)
 
 
