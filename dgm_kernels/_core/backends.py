@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 logger = logging.getLogger("dgm_kernels")
@@ -20,7 +21,7 @@ logger = logging.getLogger("dgm_kernels")
 NAMES = ("reference", "cpp", "cuda", "triton")
 _DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 _AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # bool: masks
+_NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.bool))  # bool: masks
 _forced: str | None = None
 
 
@@ -122,8 +123,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def select(device: torch.device, dtypes: Iterable[torch.dtype], refusal: str | None = None) -> str:
-    """The backend for a call on this device with operands of these dtypes.
+def select(device: torch.device, operands: Sequence[Tensor | None], refusal: str | None = None) -> str:
+    """The backend for a call on this device with these operands.
 
     Args:
         refusal: why no native backend can take this call, if the op knows of a reason of its own.
@@ -133,7 +134,7 @@ def select(device: torch.device, dtypes: Iterable[torch.dtype], refusal: str | N
     """
     if _forced == "reference":
         return "reference"
-    refusal = refusal or _refusal(dtypes)
+    refusal = refusal or _refusal(operands)
     if _forced is not None:
         devices = (*_DEVICES[_forced], "cpu") if _forced == "triton" and interpreted() else _DEVICES[_forced]
         if device.type not in devices:
@@ -163,11 +164,11 @@ def _find_best(device_type: str) -> str:
     return "reference"
 
 
-def _refusal(dtypes: Iterable[torch.dtype]) -> str | None:
+def _refusal(operands: Sequence[Tensor | None]) -> str | None:
     """Why no native backend can take a call now."""
-    for dtype in dtypes:
-        if dtype not in _NATIVE_DTYPES:
-            return f"{dtype} is computed by the reference"
+    for operand in operands:
+        if operand is not None and operand.dtype not in _NATIVE_DTYPES:
+            return f"{operand.dtype} is computed by the reference"
     if forward_ad._current_level >= 0:
         return "forward-mode AD runs on the reference"
     if torch._C._functorch.maybe_current_level() is not None:

@@ -56,10 +56,10 @@ def noise_like(x: Tensor, key: NoiseKey, *, distribution: str = "normal") -> Ten
     if not isinstance(key, NoiseKey):
         raise TypeError(f"key must be a NoiseKey, got {type(key).__name__}")
     args = noise_args(key, x)
-    backend = select(x.device, (x.dtype,))
+    backend = select(x.device, (x,))
     if backend == "reference":
         return reference.noise_like(x, args, _KINDS[distribution])
-    return ops.call(op.noise_like[backend], False, _contiguous(x.detach()), *args, _KINDS[distribution])
+    return ops.call(op.noise_like[backend], False, x.detach().contiguous(), *args, _KINDS[distribution])
 
 
 def sampler_step(
@@ -133,8 +133,9 @@ def _run_step(
     """The checked step on the best backend."""
     x, mask = tensors[0], tensors[-1]
     grad = _needs_grad(*tensors)
-    refusal = "the gradient of a mask is computed by the reference" if grad and _needs_grad(mask) else None
-    backend = select(x.device, (t.dtype for t in tensors if t is not None), refusal)
+    mask_grad = grad and mask is not None and mask.requires_grad
+    refusal = "the gradient of a mask is computed by the reference" if mask_grad else None
+    backend = select(x.device, tensors, refusal)
     order, (state, m, drawn, history, unconditional, known, mask) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
     rows = _rows(table, x)
@@ -174,7 +175,7 @@ def add_noise(x0: Tensor, table: TrainingTable, t: Tensor, noise: NoiseKey | Ten
     """
     t, args = check_training(x0, table, t, noise)
     tensors = [x0, args[0]]
-    backend = select(x0.device, (v.dtype for v in tensors if v is not None))
+    backend = select(x0.device, tensors)
     order, (x, drawn) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
     if backend == "reference":
@@ -225,7 +226,7 @@ def denoising_loss(
         check_like("weight", weight, t, "t")
     tensors = [model_output, x0, args[0]]
     grad = _needs_grad(*tensors)
-    backend = select(x0.device, (v.dtype for v in tensors if v is not None))
+    backend = select(x0.device, tensors)
     _, (m, x, drawn) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
     if backend == "reference":
@@ -283,14 +284,22 @@ def sample(
     return x
 
 
+# Loops, here and in select(): at a few microseconds a call, generators are a tenth of it.
 def _needs_grad(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
+def _row_major(tensors: list[Any]) -> bool:
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and not tensor.is_contiguous():
+            return False
+    return True
 
 
 def _dense(tensors: list[Any], drawn: bool) -> tuple[tuple[int, ...] | None, list[Any]]:
@@ -298,7 +307,7 @@ def _dense(tensors: list[Any], drawn: bool) -> tuple[tuple[int, ...] | None, lis
 
     Noise that is drawn follows the row-major order, so only calls without it may use another common memory order.
     """
-    if all(t is None or t.is_contiguous() for t in tensors):
+    if _row_major(tensors):
         return None, tensors
     order = None if drawn else layout.common_order(tensors)
     if order is not None:
