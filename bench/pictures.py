@@ -22,7 +22,9 @@ MARKERS = "osD^vP*Xh<>p8Hd"
 
 def _plain_ticks(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 of every decade, written without exponents."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    wide = high / low > 1e4  # 2s and 5s would run into one another
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
