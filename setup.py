@@ -135,6 +135,7 @@ def build_native() -> tuple[Path, dict[str, object]]:
         "DGM_TORCH_ABI": str(int(torch._C._GLIBCXX_USE_CXX11_ABI)),
         **cuda,
     }
+    start_afresh_if_changed(build_dir, [cmake, os.environ.get("CXX"), cuda.get("CMAKE_CUDA_COMPILER")])
     defines = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *defines], check=True)
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
@@ -147,6 +148,15 @@ def build_native() -> tuple[Path, dict[str, object]]:
         "cuda_reason": cuda_reason,
     }
     return build_dir / f"_C{suffix}", info
+
+
+def start_afresh_if_changed(build_dir: Path, tools: list[str | None]) -> None:
+    """Empties the build folder if it was configured with other compilers: CMake would forget the other settings."""
+    record, tools_now = build_dir / "tools.json", json.dumps(tools)
+    if not record.exists() or record.read_text() != tools_now:
+        shutil.rmtree(build_dir, ignore_errors=True)
+        build_dir.mkdir(parents=True)
+        record.write_text(tools_now)
 
 
 class CMakeBuild(build_ext):
