@@ -46,6 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     info: dict[str, Any] = {
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "torch": torch.__version__,  # its metadata may lack the build
         "cpu": _cpu_name(),
         "cpu_capability": capability,
         "cores": available_cores(),

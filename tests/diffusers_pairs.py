@@ -58,7 +58,9 @@ def pair(name: str, steps: dict[str, Any] | int = 7, **config: Any) -> tuple[Any
     return schedulers
 
 
-def compare(theirs: Any, ours: Any, channels: int = 1, seed: Callable[[], Any] | None = None, **options: Any) -> None:
+def check_against_diffusers(
+    theirs: Any, ours: Any, channels: int = 1, seed: Callable[[], Any] | None = None, **options: Any
+) -> None:
     """Both over the trajectory of diffusers' scheduler, each with noise of its own but equally seeded generator."""
     seed = seed or (lambda: torch.Generator().manual_seed(3))
     generators = seed(), seed()

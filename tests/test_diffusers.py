@@ -15,7 +15,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
 
 from dgm_kernels import use_backend
-from tests.diffusers_pairs import PAIRS, SHAPE, assert_same, compare, pair, spy
+from tests.diffusers_pairs import PAIRS, SHAPE, assert_same, check_against_diffusers, pair, spy
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = (
@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_ddpm(prediction: str, spacing: dict, bounds: dict, variance: str, calls: list[str]) -> None:
     """Predictions x spacings x bounds on x0 x variances."""
     schedulers = pair("ddpm", prediction_type=prediction, variance_type=variance, **spacing, **bounds)
-    compare(*schedulers, channels=2 if variance.startswith("learned") else 1)
+    check_against_diffusers(*schedulers, channels=2 if variance.startswith("learned") else 1)
     assert calls == ["sampler_step"] * 7
 
 
@@ -55,7 +55,9 @@ def test_ddpm(prediction: str, spacing: dict, bounds: dict, variance: str, calls
 def test_ddim(prediction: str, spacing: dict, bounds: dict, options: dict, calls: list[str]) -> None:
     """Predictions x spacings x bounds on x0 x noise."""
     to_one = spacing["timestep_spacing"] != "linspace"
-    compare(*pair("ddim", prediction_type=prediction, set_alpha_to_one=to_one, **spacing, **bounds), **options)
+    check_against_diffusers(
+        *pair("ddim", prediction_type=prediction, set_alpha_to_one=to_one, **spacing, **bounds), **options
+    )
     assert calls == ["sampler_step"] * 7
 
 
@@ -79,7 +81,7 @@ def test_euler(prediction: str, spacing: dict, sigmas: dict, calls: list[str]) -
     """Predictions x spacings x sigmas."""
     if "use_beta_sigmas" in sigmas:
         pytest.importorskip("scipy")
-    compare(*pair("euler", prediction_type=prediction, **spacing, **sigmas))
+    check_against_diffusers(*pair("euler", prediction_type=prediction, **spacing, **sigmas))
     assert calls == ["sampler_step"] * 7
 
 
@@ -97,7 +99,7 @@ def test_euler(prediction: str, spacing: dict, sigmas: dict, calls: list[str]) -
 )
 def test_beta_schedules(name: str, betas: dict, calls: list[str]) -> None:
     """The coefficients come from the scheduler's own alphas_cumprod, whatever made it."""
-    compare(*pair(name, **betas))
+    check_against_diffusers(*pair(name, **betas))
     assert calls == ["sampler_step"] * 7
 
 
@@ -106,7 +108,7 @@ def test_steps_with_small_betas(variance: str, calls: list[str]) -> None:
     """Where beta is small, the float32 arithmetic of diffusers is off by 1e-4; its numbers are met nevertheless."""
     theirs, ours = pair("ddpm", 1000, variance_type=variance, clip_sample=False)
     theirs.timesteps, ours.timesteps = theirs.timesteps[-40:], ours.timesteps[-40:]
-    compare(theirs, ours)
+    check_against_diffusers(theirs, ours)
     assert calls == ["sampler_step"] * 40
 
 
@@ -126,16 +128,16 @@ def test_all_training_timesteps_without_set_timesteps() -> None:
 def test_custom_timesteps(name: str, calls: list[str]) -> None:
     """Timesteps of the user's own, and that a second set_timesteps call is seen."""
     theirs, ours = pair(name, {"timesteps": [901, 700, 333, 20, 3]})
-    compare(theirs, ours)
+    check_against_diffusers(theirs, ours)
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(timesteps=[700, 20])
-    compare(theirs, ours)
+    check_against_diffusers(theirs, ours)
     assert calls == ["sampler_step"] * 7
 
 
 def test_custom_sigmas(calls: list[str]) -> None:
     """Euler with sigmas of the user's own."""
-    compare(*pair("euler", {"sigmas": [14.6, 6.3, 2.2, 0.9, 0.2, 0.0]}))
+    check_against_diffusers(*pair("euler", {"sigmas": [14.6, 6.3, 2.2, 0.9, 0.2, 0.0]}))
     assert calls == ["sampler_step"] * 5
 
 
@@ -151,7 +153,7 @@ def test_custom_sigmas(calls: list[str]) -> None:
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_generators(name: str, seed: Callable[[], Any]) -> None:
     """One generator, or one a sample; afterwards they are in the state that diffusers leaves them in."""
-    compare(*pair(name), seed=seed, **({"eta": 1.0} if name == "ddim" else {}))
+    check_against_diffusers(*pair(name), seed=seed, **({"eta": 1.0} if name == "ddim" else {}))
 
 
 @pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {}), ("euler", {})])
@@ -290,7 +292,7 @@ def test_euler_begin_index(start: int, calls: list[str]) -> None:
         theirs.timesteps, ours.timesteps = theirs.timesteps[start:], ours.timesteps[start:]
         if not begins:
             theirs.sigmas, ours.sigmas = theirs.sigmas[start:], ours.sigmas[start:]
-        compare(theirs, ours)
+        check_against_diffusers(theirs, ours)
         assert theirs.step_index == ours.step_index
     assert len(calls) == 2 * (7 - start)
 
@@ -298,10 +300,10 @@ def test_euler_begin_index(start: int, calls: list[str]) -> None:
 def test_euler_restarts_after_set_timesteps() -> None:
     """A second trajectory begins at its first step."""
     theirs, ours = pair("euler")
-    compare(theirs, ours)
+    check_against_diffusers(theirs, ours)
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(4)
-    compare(theirs, ours)
+    check_against_diffusers(theirs, ours)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])

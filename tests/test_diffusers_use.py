@@ -19,7 +19,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from dgm_kernels.integrations import diffusers as fast
 from dgm_kernels.integrations.diffusers import FastDDIMScheduler, FastDDPMScheduler
-from tests.diffusers_pairs import PAIRS, SHAPE, assert_same, compare, pair, spy
+from tests.diffusers_pairs import PAIRS, SHAPE, assert_same, check_against_diffusers, pair, spy
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_left_to_diffusers(case: str, calls: list[str], caplog: pytest.LogCaptur
     name, config, options, reason = LEFT_TO_DIFFUSERS[case]
     fast._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="dgm_kernels"):
-        compare(*pair(name, **config), **options)
+        check_against_diffusers(*pair(name, **config), **options)
     assert calls == []
     messages = [r.getMessage() for r in caplog.records if "runs the code of diffusers" in r.getMessage()]
     assert len(messages) == 1
@@ -113,7 +113,7 @@ def test_changes_are_seen() -> None:
 def test_inference_mode() -> None:
     """Timesteps made in inference mode have no version counter."""
     with torch.inference_mode():
-        compare(*pair("ddpm"))
+        check_against_diffusers(*pair("ddpm"))
 
 
 # Configuration and pipelines.
@@ -139,11 +139,11 @@ def test_configuration(name: str, tmp_path: Any) -> None:
     assert isinstance(scheduler, own)
     for s in (theirs, scheduler):
         s.set_timesteps(3)
-    compare(theirs, scheduler)
+    check_against_diffusers(theirs, scheduler)
     for copied in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
         for s in (theirs, copied):
             s.set_timesteps(3)
-        compare(theirs, copied)
+        check_against_diffusers(theirs, copied)
 
 
 @pytest.fixture(scope="module")
