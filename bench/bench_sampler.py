@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bench.compare import Case, Contender, Setup, ours, variants
 from dgm_kernels import NoiseKey, Schedule, add_noise, denoising_loss, noise_like, sampler_step, tables, use_backend
+from tests.cases import LARGE_SHAPE, SMALL_SHAPE
 
 SCHEDULE = Schedule.linear(1000)
 KEY = NoiseKey(1234)
-LARGE, SMALL = (64, 3, 64, 64), (4, 3, 8, 8)
 Bars = Callable[[Setup], Mapping[str, float]]
 NOISE_FLOPS = 6  # an element: 12 for a pair of Box-Muller, counting each function as one
 
@@ -90,6 +90,7 @@ def ddpm(
 
     contenders, missing = ours(lambda i: sampler_step(i.x, i.eps, table, row, noise=KEY), setup)
     contenders |= {name: baseline(step) for name, step in variants(ancestral.step, setup).items()}
+    contenders |= _noise_outside(ancestral.step, setup, dtype)
     if dtype == torch.float32:
         scheduler, reason = diffusers_scheduler("DDPMScheduler", num_train_timesteps=len(SCHEDULE))
         missing |= reason
@@ -106,6 +107,18 @@ def ddpm(
         bars=bars(setup),
         missing=missing,
     )
+
+
+def _noise_outside(step: Callable[..., Tensor], setup: Setup, dtype: torch.dtype) -> dict[str, Contender]:
+    """The compiled step with eager noise as an argument: on a CPU what torch.compile draws itself is slower."""
+    compiled = {name: f for name, f in variants(step, setup).items() if name != "eager"}
+
+    def contender(step: Callable[..., Tensor]) -> Contender:
+        return Contender(
+            lambda i: step(i.x, i.eps, torch.randn_like(i.x)), lambda i: step(i.x, i.eps, i.noise.to(dtype))
+        )
+
+    return {f"{name} noise outside": contender(f) for name, f in compiled.items()}
 
 
 def _diffusers_ancestral(scheduler: Any, t: int) -> Contender:
@@ -222,6 +235,12 @@ def train_step(
 
     contenders, missing = ours(fused, setup)
     contenders |= {name: baseline(step) for name, step in variants(plain_training, setup).items()}
+    for name, step in variants(plain_training, setup).items():
+        if name != "eager":
+            contenders[f"{name} noise outside"] = Contender(
+                lambda i, step=step: with_gradient(*step(i.x0, i.eps, *rounded, i.t, torch.randn_like(i.x0)), i.eps),
+                baseline(step).check,
+            )
     elements = torch.Size(shape).numel()
     return Case(
         f"train_step{' weighted' * (weighting is not None)} {_size(shape)} fp32",
@@ -271,15 +290,17 @@ def _latency_bar(setup: Setup) -> Mapping[str, float]:
 
 
 CASES: dict[str, Callable[[Setup], Case]] = {
-    "ddpm": partial(ddpm, shape=LARGE, bars=partial(bars_at_two_threads, eager=12, compile=8)),
-    "ddpm-bf16": partial(ddpm, shape=LARGE, dtype=torch.bfloat16),
-    "ddpm-small": partial(ddpm, shape=SMALL, bars=_latency_bar),
-    "ddim": partial(ddim, shape=LARGE, bars=partial(bars_at_two_threads, eager=12, compile=1.1, floor=1.5)),
-    "ddim-guided": partial(ddim, shape=LARGE, guided=True),
-    "ddim-small": partial(ddim, shape=SMALL, bars=_latency_bar),
-    "train": partial(train_step, shape=LARGE),
-    "train-weighted": partial(train_step, shape=LARGE, weighting="min_snr", bars=partial(bars_at_two_threads, eager=8)),
-    "noise": partial(noise, shape=LARGE),
+    "ddpm": partial(ddpm, shape=LARGE_SHAPE, bars=partial(bars_at_two_threads, eager=12, compile=8)),
+    "ddpm-bf16": partial(ddpm, shape=LARGE_SHAPE, dtype=torch.bfloat16),
+    "ddpm-small": partial(ddpm, shape=SMALL_SHAPE, bars=_latency_bar),
+    "ddim": partial(ddim, shape=LARGE_SHAPE, bars=partial(bars_at_two_threads, eager=12, compile=1.1, floor=1.5)),
+    "ddim-guided": partial(ddim, shape=LARGE_SHAPE, guided=True),
+    "ddim-small": partial(ddim, shape=SMALL_SHAPE, bars=_latency_bar),
+    "train": partial(train_step, shape=LARGE_SHAPE),
+    "train-weighted": partial(
+        train_step, shape=LARGE_SHAPE, weighting="min_snr", bars=partial(bars_at_two_threads, eager=8)
+    ),
+    "noise": partial(noise, shape=LARGE_SHAPE),
 }
 
 

@@ -21,6 +21,7 @@ from .model import DensityUnavailable, GenerativeModel
 from .train import CHECKPOINT_FILE, SETTINGS_FILE, Settings, Trainer
 
 TRAJECTORY_ROWS = 8
+SOURCE_HELP = "folder of a trained model, or its id on the Hugging Face Hub"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (FloatingPointError, TypeError, ValueError) as error:
+    except (FloatingPointError, OSError, TypeError, ValueError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -85,7 +86,9 @@ def _sample(args: argparse.Namespace) -> None:
     model = from_pretrained(args.source).to(args.device)
     options = {"seed": args.seed, **_given(args, "sampler", "steps", "guidance"), **dict(args.set)}
     cond = _classes(args.classes, model, args.n)
-    out = args.out or args.source / "samples.png"
+    folder = args.source if args.source.is_dir() else pathlib.Path()  # a model of the Hub has none
+    out = args.out or folder / "samples.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
     images = model.sample(args.n, cond=cond, first_sample=args.first_sample, batch_size=args.batch_size, **options)
     plots.image_grid(images, out)
     steps_out = out.with_name(f"{out.stem}_trajectory{out.suffix}")
@@ -97,6 +100,8 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     model = from_pretrained(args.source).to(args.device)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     split = digits().split(args.split)
     x = split.x.to(args.device)
     cond = split.label.to(args.device) if model.conditional else None
@@ -172,9 +177,9 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+        return torch.empty(0, device=text).device
+    except (AssertionError, RuntimeError) as error:  # PyTorch asserts that it was built for the device
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,7 +219,13 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_sample(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="folder of a trained model")
+    sub.add_argument(
+        "--from",
+        dest="source",
+        type=pathlib.Path,
+        required=True,
+        help="folder of a trained model, or its id on the Hub",
+    )
     sub.add_argument("-n", type=int, default=64)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
@@ -228,7 +239,13 @@ def _add_sample(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="folder of a trained model")
+    sub.add_argument(
+        "--from",
+        dest="source",
+        type=pathlib.Path,
+        required=True,
+        help="folder of a trained model, or its id on the Hub",
+    )
     sub.add_argument("--split", choices=("validation", "test"), default="validation")
     sub.add_argument("-k", type=int, default=1, help="draws of the importance-weighted bound")
 

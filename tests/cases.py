@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Ragged first: no multiple of a vector, a tile or a block.
 SHAPES = ((1, 1), (3, 59), (2, 3, 113), (5, 1023), (2, 3, 7, 9), (0, 4), (3, 0), (7,))
-BENCH_SHAPE = (64, 3, 64, 64)
+LARGE_SHAPE = (64, 3, 64, 64)
 SMALL_SHAPE = (4, 3, 8, 8)
 
 VP = Schedule.linear(100)

@@ -1,4 +1,4 @@
-"""Rows F1, F2, F3 and F6 of the model families: forward process, training, bound, schedules, denoisers of ``ddpm``."""
+"""Rows F1, F2, F3 and F6 of docs/models.md: forward process, training, bound, schedules and denoisers of ``ddpm``."""
 
 from __future__ import annotations
 
@@ -368,6 +368,12 @@ def test_F6_denoisers_refuse_bad_sizes() -> None:
         create_model("ddpm", width=12)
     with pytest.raises(ValueError, match=r"images of shape \(channels, height, width\), got \(64,\)"):
         create_model("ddpm", image_shape=(64,))
+    with pytest.raises(TypeError, match="image_shape must be a sequence of positive ints, got 8"):
+        create_model("ddpm", image_shape=8)
+    with pytest.raises(ValueError, match=r"image_shape\[1\] must be a positive int, got 0"):
+        create_model("ddpm", denoiser="mlp", image_shape=(1, 0, 8))
+    with pytest.raises(TypeError, match="multipliers must be a sequence of positive ints, got 2"):
+        create_model("ddpm", multipliers=2)
     with pytest.raises(ValueError, match="width must be even, got 7"):
         create_model("ddpm", denoiser="mlp", width=7)
     with pytest.raises(ValueError, match="denoiser must be 'unet' or 'mlp', got 'dit'"):

@@ -1,4 +1,4 @@
-"""Row F2 of the model families, sampling of ``ddpm``: samplers, guidance, inpainting; noise, times and dtypes."""
+"""Row F2 of docs/models.md, sampling of ``ddpm``: samplers, guidance, inpainting; noise, times and dtypes."""
 
 from __future__ import annotations
 
@@ -99,6 +99,22 @@ def test_F2_sample_options() -> None:
         model.sample(2, sampler=tables.ddim(model.schedule, 5, prediction="v"))
     with pytest.raises(ValueError, match="steps and options belong to a sampler given by its name"):
         model.sample(2, sampler=table, steps=3)
+
+
+def test_F2_unknown_options_are_named_with_those_there_are() -> None:
+    model = small_model()
+    own = "n, seed, cond, first_sample, batch_size, sampler, steps, guidance, known, mask, callback"
+    expected = f"^sample with sampler 'ddpm' has no option 'foo'; its options are {own}, variance, clip, "
+    with pytest.raises(TypeError, match=expected):
+        model.sample(2, foo=1)
+    with pytest.raises(TypeError, match=r"^sample with sampler 'ddim' has no option 'variance'; .*, eta, clip, "):
+        model.sample(2, sampler="ddim", variance="fixed_large")
+    expected = r"^trajectory with sampler 'ddpm' has no option 'batch_size'; its options are n, .*, frames, .*, clip, "
+    with pytest.raises(TypeError, match=expected):
+        model.trajectory(2, batch_size=1)
+    expected = "^sampler_table with sampler 'euler' has no option 'prediction'; its options are sampler, steps, clip, "
+    with pytest.raises(TypeError, match=expected):
+        model.sampler_table("euler", prediction="v")
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "euler", "heun"])

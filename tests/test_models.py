@@ -80,6 +80,13 @@ def test_loss_is_the_sum_of_its_parts() -> None:
     assert torch.equal(model(x), model.loss(x))
 
 
+def test_loss_compiles_without_a_break() -> None:
+    model, x = create_model("ddpm", width=8, timesteps=20), torch.randn(3, 1, 8, 8)
+    nn.init.normal_(model.denoiser.outward.weight, std=0.1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, key=NoiseKey(0)), model(x, key=NoiseKey(0)))
+
+
 def test_samples_do_not_depend_on_the_batch_size_or_on_who_draws_them() -> None:
     model = create_model("ddpm", width=16, timesteps=20, num_classes=10).double()
     nn.init.normal_(model.denoiser.outward.weight, std=0.1)
@@ -423,6 +430,27 @@ def test_cli_profile(tmp_path: pathlib.Path, what: str) -> None:
     assert "aten::addmm" in names
 
 
+def test_cli_makes_the_folders_it_writes_to(tmp_path: pathlib.Path) -> None:
+    create_model("ddpm", **TINY).save_pretrained(tmp_path / "model")
+    picture, result = tmp_path / "new" / "s.png", tmp_path / "other" / "result.json"
+    status, text = run("sample", "--from", tmp_path / "model", "-n", 2, "--out", picture, "--device", "cpu")
+    assert status == 0, text
+    assert picture.exists()
+    status, text = run("evaluate", "--from", tmp_path / "model", "--out", result, "--device", "cpu")
+    assert status == 0, text
+    assert result.exists()
+
+
+def test_cli_samples_of_a_hub_model_go_to_the_current_folder(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dgm_models.__main__.from_pretrained", lambda source: create_model("ddpm", **TINY))
+    status, text = run("sample", "--from", "user/repo", "-n", 2, "--device", "cpu")
+    assert status == 0, text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["samples.png", "samples_trajectory.png"]
+
+
 def test_cli_reports_errors(tmp_path: pathlib.Path) -> None:
     status, text = run("train", "ddpm", "--out", tmp_path, "--set", "depth=0", "--set", "denoiser=mlp")
     assert (status, text) == (2, "python -m dgm_models train: error: depth must be a positive int, got 0\n")
@@ -438,3 +466,17 @@ def test_cli_reports_errors(tmp_path: pathlib.Path) -> None:
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as text:
         main(["train", "ddpm", "--set", "depth"])
     assert "expected key=value, got 'depth'" in text.getvalue()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as text:
+        main(["train", "ddpm", "--device", "cuda:99"])
+    assert "error: argument --device: cannot use 'cuda:99': " in text.getvalue().splitlines()[-1]
+
+
+def test_cli_reports_what_the_model_and_the_disk_refuse(tmp_path: pathlib.Path) -> None:
+    create_model("ddpm", **TINY).save_pretrained(tmp_path)
+    sample = ["sample", "--from", tmp_path, "-n", 2, "--device", "cpu"]
+    status, text = run(*sample, "--set", "foo=1")
+    assert status == 2
+    assert text.startswith("python -m dgm_models sample: error: sample with sampler 'ddpm' has no option 'foo'; its ")
+    status, text = run(*sample, "--out", tmp_path / "config.json" / "s.png")
+    assert status == 2
+    assert re.fullmatch(r"python -m dgm_models sample: error: .*config\.json.*\n", text), text

@@ -1,7 +1,10 @@
 """Edges of the sampler op: odd layouts of every argument, aliasing, unread operands, NumPy numbers, refusals."""
 
+import copy
+import enum
 import logging
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from dgm_kernels import (
     use_backend,
 )
 from dgm_kernels._core import backends as registry
+from dgm_kernels._core.noise import NO_NOISE
+from dgm_kernels.sampler import op
 from tests.cases import BACKENDS, NATIVE, STEP_CASES, VP
 from tests.contract import strided_variants
 
@@ -205,6 +210,15 @@ def test_numpy_numbers():
         (lambda x: NoiseKey(0, first_sample=torch.tensor(3)), TypeError, "first_sample must be an int, got"),
         (lambda x: tables.ddim(VP, clip=1.0, dynamic_threshold=0.9), ValueError, "dynamic_threshold and clip both"),
         (lambda x: tables.ddim(VP, clip="1"), ValueError, "clip must be"),
+        (lambda x: tables.ddim(VP, clip=("1", "2")), ValueError, "clip must be"),
+        (lambda x: tables.ddim(VP, eta="1"), TypeError, "eta must be a number"),
+        (lambda x: tables.ddim(VP, dynamic_threshold="a"), ValueError, "dynamic_threshold must be"),
+        (lambda x: tables.ddim(VP, dynamic_threshold=(0.9, 2, 3)), ValueError, "dynamic_threshold must be"),
+        (lambda x: tables.euler_ancestral(VP, 9, eta=math.inf), ValueError, "eta must be non-negative and finite"),
+        (lambda x: tables.predictor_corrector(VP, snr=1.0), ValueError, r"snr must be in \(0, 1\)"),
+        (lambda x: tables.training(VP, weighting=torch.full((100,), math.inf)), ValueError, "weighting must hold"),
+        (lambda x: NoiseKey(0, samples=[0, 1]), TypeError, "samples must be an int64 tensor, got list"),
+        (lambda x: Schedule.from_betas("abc"), TypeError, "betas must be a sequence of numbers"),
         (lambda x: Schedule.from_betas([0.999] * 200), ValueError, "no signal is left"),
         (lambda x: Schedule.from_betas([1e-17, 1e-3]), ValueError, r"betas\[0\] = 1e-17 is too small"),
     ],
@@ -245,3 +259,86 @@ def test_no_elements() -> None:
     for shape in ((2, 0), (0, 3), (2, 0, 3)):
         x: Tensor = torch.empty(shape)
         assert sampler_step(x, x, table, 3).shape == shape
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_direct_calls_of_the_ops_are_checked(backend):
+    """What the public functions never pass is refused, not dereferenced."""
+    x, rows, train, t = torch.randn(2, 5), tables.ddpm(VP).rows, tables.training(VP).rows, torch.tensor([1, 2])
+    nothing = NO_NOISE
+    step = (x, x, rows, None, 3, *nothing, None, None, 1.0)
+    for call, message in (
+        (lambda: op.sampler_step[backend](*step, x, None, None, False, False), "known and mask go together"),
+        (lambda: op.add_noise[backend](x, train, t, *nothing), "noise must be a tensor or a key"),
+        (lambda: op.denoising_loss[backend](x, x, train, t, *nothing, False), "noise must be a tensor or a key"),
+        (lambda: op.noise_like[backend](x, *nothing[:-1], 256, 0), r"stream must be in \[0, 256\)"),
+        (lambda: op.add_noise[backend](x, train[:, :4], t, *nothing), r"rows must be \[steps, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="model_output must be a floating-point tensor"):
+        op.sampler_step[backend](x, x > 0, rows, None, 3, *nothing, None, None, 1.0, None, None, None, False, False)
+
+
+@on_every_backend
+def test_masks_of_any_true_byte(backend):
+    """A bool tensor that was made from other bytes than 0 and 1 is True where it is not 0."""
+    x, mask = torch.zeros(1, 4), torch.tensor([[0, 1, 255, 2]], dtype=torch.uint8).view(torch.bool)
+    with use_backend(backend):
+        new = sampler_step(x, x, tables.ddpm(VP), 99, noise=NoiseKey(0), known=torch.ones(1, 4), mask=mask)
+    assert new.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
+@on_every_backend
+def test_a_nan_in_the_data_reaches_the_loss(backend):
+    x0 = torch.randn(2, 5)
+    x0[0, 3] = math.nan
+    with use_backend(backend):
+        loss = denoising_loss(
+            torch.randn(2, 5), x0, tables.training(VP), torch.tensor([1, 2]), NoiseKey(0), reduction="none"
+        )
+    assert loss.isnan().tolist() == [True, False]
+
+
+def test_partial_overlap_across_dtypes_is_seen():
+    """The last element of `out` and the first one of an input share two bytes."""
+    buffer = torch.zeros(600)
+    m = buffer.view(torch.bfloat16)[599:899].view(1, 300)
+    m.fill_(0.5)
+    x, out = torch.randn(1, 300), buffer[:300].view(1, 300)
+    expected = sampler_step(x, m.clone(), tables.ddim(VP, 10), 3)
+    assert torch.equal(sampler_step(x, m, tables.ddim(VP, 10), 3, out=out), expected)
+
+
+def test_pickles_leave_device_copies_behind():
+    table = tables.ddim(VP, 10)
+    table._on_device[torch.device("meta")] = table.rows.to("meta")
+    again = pickle.loads(pickle.dumps(table))
+    assert set(again._on_device) == {torch.device("cpu")}
+    assert torch.equal(again.rows, table.rows)
+    assert torch.equal(copy.deepcopy(table).rows64, table.rows64)
+
+
+def test_the_loop_compiles_and_checks_its_arguments():
+    table, key = tables.heun(VP, 4), NoiseKey(0)
+    x = noise_like(torch.empty(2, 8), NoiseKey(0, stream=1))
+    run = lambda x: sample(lambda x, time: 0.1 * x * time[:, None], x, table, noise=key)  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+    with pytest.raises(TypeError, match="noise must be a NoiseKey, new noise for every step"):
+        sample(lambda x, time: x, x, table, noise=x)
+    with pytest.raises(TypeError, match="table must be a SamplerTable"):
+        sample(lambda x, time: x, x, tables.training(VP))
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        sample(lambda x, time: x, [1.0], table)
+
+
+class _Stream(enum.IntEnum):
+    OWN = 3
+
+
+def test_enums_are_numbers():
+    x = torch.randn(2, 4)
+    expected = noise_like(x, NoiseKey(0, stream=3))
+    assert torch.equal(noise_like(x, NoiseKey(0, stream=_Stream.OWN)), expected)
+    compiled = torch.compile(lambda x: noise_like(x, NoiseKey(0, stream=_Stream.OWN)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)

@@ -81,7 +81,7 @@ def test_betas_outside_0_1_are_refused_with_the_reason(betas, message):
         (lambda: tables.euler_ancestral(VP, 10, eta=-1.0), ValueError, "eta must be non-negative"),
         (lambda: tables.annealed_langevin(VE, 0), ValueError, "steps_per_level must be"),
         (lambda: tables.annealed_langevin(VE, 1, step_size=1.0), ValueError, "step_size must be in"),
-        (lambda: tables.predictor_corrector(VP, snr=0.0), ValueError, "snr must be positive"),
+        (lambda: tables.predictor_corrector(VP, snr=0.0), ValueError, "snr must be in"),
         (lambda: tables.predictor_corrector(VP, corrector_steps=0), ValueError, "corrector_steps must be"),
         (lambda: tables.training(VP, weighting="snr"), ValueError, "weighting must be"),
         (lambda: tables.training(VP, weighting=torch.ones(3)), ValueError, "weighting must hold 100"),
@@ -136,6 +136,15 @@ def test_predictions_of_the_same_sample_agree():
                 steps[prediction] = c["ax"] * x + c["a0"] * clean + c["am"] * m
             for step in steps.values():
                 torch.testing.assert_close(step, steps["eps"], rtol=1e-9, atol=1e-9)
+
+
+def test_corrector_steps_are_those_of_the_paper():
+    """Song et al., Algorithm 5: 2 a_i (snr sigma_i)^2 with a_i = 1 - beta_i of the node that is corrected."""
+    schedule, snr = Schedule.cosine(50), 0.16
+    table = tables.predictor_corrector(schedule, snr=snr)
+    size = 0.5 * column(table, "an")[1::2] ** 2
+    expected = 2 * schedule.alphas * (snr * schedule.sigma_t) ** 2
+    torch.testing.assert_close(size, expected[:-1].flip(0))
 
 
 def test_min_snr_weights():

@@ -1,9 +1,7 @@
 // Tensors to plain pointers: what the launch code of every op shares. Includes torch; never used by kernels.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -45,11 +43,19 @@ inline void check_layout(const char* name, const at::Tensor& tensor, const at::T
 
 inline Operand operand(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
   check_layout(name, tensor, like);
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
   return {tensor.const_data_ptr(), dtype_of(name, tensor)};
 }
 
 inline Operand operand(const char* name, const OptionalTensor& tensor, const at::Tensor& like) {
   return present(tensor) ? operand(name, *tensor, like) : Operand{};
+}
+
+// A mask may be bool, too.
+inline Operand mask_operand(const char* name, const OptionalTensor& tensor, const at::Tensor& like) {
+  if (!present(tensor) || tensor->scalar_type() != at::kBool) return operand(name, tensor, like);
+  check_layout(name, *tensor, like);
+  return {tensor->const_data_ptr(), DType::Bool};
 }
 
 inline Output output(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
@@ -85,6 +91,7 @@ inline NoiseArgs noise_args(const OptionalTensor& noise, const OptionalTensor& s
   args.step = key_step;
   args.samples = integers("samples", samples, like, sample_stride);
   TORCH_CHECK_VALUE(!args.samples || samples->numel() == like.size(0), "samples must have ", like.size(0), " elements");
+  TORCH_CHECK_VALUE(stream < 256, "stream must be in [0, 256), got ", stream);
   args.first_sample = first_sample;
   args.stream = static_cast<uint32_t>(stream);
   return args;

@@ -308,7 +308,8 @@ DGM_INLINE F32 load_float16(const uint16_t* from) {
 }
 
 DGM_INLINE F32 load_bool(const uint8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(load_unaligned<U8>(from), I32), F32);
+  const auto is_set = load_unaligned<U8>(from) != 0;  // -1 or 0
+  return -__builtin_convertvector(__builtin_convertvector(is_set, I32), F32);
 }
 
 DGM_INLINE void store(float* to, F32 value) { store_unaligned(to, value); }

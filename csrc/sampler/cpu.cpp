@@ -1,4 +1,4 @@
-// CPU loops of the sampler op on blocks of 4 vectors; built once per instruction set, without torch headers.
+// CPU loops of the sampler op on blocks of kVectors vectors; built once per instruction set, without torch headers.
 #include "sampler/cpu.h"
 
 #include "sampler/math.h"
@@ -13,7 +13,10 @@ namespace {
 struct LaneCounters {
   U64 even, odd;
   LaneCounters() {
-    for (int lane = 0; lane < kWidth; ++lane) (lane % 2 ? odd : even)[lane / 2] = (lane % 4) * (kWidth / 4) + lane / 4;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      U64& half = lane % 2 ? odd : even;
+      half[lane / 2] = (lane % 4) * (kWidth / 4) + lane / 4;
+    }
   }
 };
 
@@ -118,7 +121,7 @@ DGM_INLINE void for_each_part(const Shape& shape, int64_t unit_elements, int64_t
   }
 }
 
-// Which operands a row reads: one whose coefficient is 0 may hold anything.
+// Which of noise and history a row reads: where its coefficient is 0 it may hold anything.
 struct StepParts {
   bool noise, history;
 };
@@ -265,11 +268,10 @@ DGM_INLINE F32 keep_first(int64_t left, F32 x) {
 }
 
 // Writes m - target of a block to `to` and adds its squares up: in four sums, each of which waits for itself only.
-template <bool kReadsX0>
 DGM_INLINE void residual_block(const TrainingRow r, int64_t left, const float* m, const float* x0, const float* noise,
                                float* to, F32 (&squares)[4]) {
   const auto vector = [&](int i, F32& sum, int64_t rest) {
-    const F32 difference = residual(r, load(m + i), kReadsX0 ? load(x0 + i) : F32{}, load(noise + i));
+    const F32 difference = residual(r, load(m + i), load(x0 + i), load(noise + i));
     store(to + i, difference);
     sum += keep_first(rest, difference * difference);
   };
@@ -294,12 +296,10 @@ void denoising_loss(const LossArgs& a, int64_t begin, int64_t end) {
     for (int64_t e = first; e < stop; e += kBlock) {
       const int64_t index = sample * a.shape.elements + e, left = stop - e;
       const float* m = m_reader.block(a.model_output, index, left);
+      const float* x0 = x0_reader.block(a.x0, index, left);
       const float* noise = source.block(e, index, left);
       float* to = a.residual.data ? writer.block(a.residual, index, left) : unwanted;
-      if (r.cx != 0.0f)
-        residual_block<true>(r, left, m, x0_reader.block(a.x0, index, left), noise, to, squares);
-      else
-        residual_block<false>(r, left, m, nullptr, noise, to, squares);
+      residual_block(r, left, m, x0, noise, to, squares);
       if (a.residual.data) writer.finish();
     }
     a.partials[unit] = (sum(squares[0]) + sum(squares[1])) + (sum(squares[2]) + sum(squares[3]));

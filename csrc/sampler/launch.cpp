@@ -1,7 +1,11 @@
 // Tensors to kernel arguments, allocation, threads and streams of the sampler op; the same code serves CPU and CUDA.
 #include "sampler/launch.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+
+#include <algorithm>
 
 #include "sampler/cpu.h"
 #ifdef DGM_WITH_CUDA
@@ -47,7 +51,8 @@ StepArgs step_args(DGM_STEP_PARAMETERS) {
   args.unconditional = operand("guidance", unconditional, x);
   args.history = operand("history", history, x);
   args.known = operand("known", known, x);
-  args.mask = operand("mask", mask, x);
+  args.mask = mask_operand("mask", mask, x);
+  TORCH_CHECK_VALUE(present(known) == present(mask), "known and mask go together, got only one of them");
   args.guidance_scale = static_cast<float>(guidance_scale);
   if (present(threshold)) {
     TORCH_CHECK_VALUE(threshold->scalar_type() == at::kFloat && threshold->is_contiguous() &&
@@ -135,6 +140,7 @@ at::Tensor add_noise(const at::Tensor& x0, const at::Tensor& rows, const at::Ten
   args.shape = shape_of(x0);
   args.rows = rows_of(rows, "t", t, 0, x0, kTrainingColumns);
   args.noise = noise_args(DGM_NOISE_ARGUMENTS, x0);
+  TORCH_CHECK_VALUE(args.noise.drawn || args.noise.given.data || x0.numel() == 0, "noise must be a tensor or a key");
   args.x0 = operand("x0", x0, x0);
   at::Tensor out = at::empty_like(x0);
   args.out = output("out", out, x0);
@@ -151,6 +157,7 @@ std::tuple<at::Tensor, at::Tensor> denoising_loss(const at::Tensor& model_output
   args.rows = rows_of(rows, "t", t, 0, x0, kTrainingColumns);
   args.noise = noise_args(DGM_NOISE_ARGUMENTS, x0);
   args.model_output = operand("model_output", model_output, x0);
+  TORCH_CHECK_VALUE(args.noise.drawn || args.noise.given.data || x0.numel() == 0, "noise must be a tensor or a key");
   args.x0 = operand("x0", x0, x0);
   args.parts = (args.shape.elements + kLossPart - 1) / kLossPart;
   at::Tensor residual = with_residual ? at::empty_like(model_output) : at::empty({0}, model_output.options());

@@ -14,6 +14,8 @@ def as_int(value: object) -> int | None:
     """The number as an int, NumPy's integers too; None for anything else, bool and tensors among it."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # an IntEnum, of which torch.compile cannot trace operator.index
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         return None
     return operator.index(value)

@@ -90,7 +90,9 @@ class NoiseKey:
         return None, seed_tensor, seed, step_tensor, step, self.samples, self.first_sample, self.stream
 
 
-def _check_integers(name: str, value: Tensor) -> None:
+def _check_integers(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor, got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {value.dtype}")
     if value.dim() > 1 or (name == "seed" and value.numel() != 1):
@@ -120,7 +122,7 @@ def words(shape: torch.Size, device: torch.device, args: OpArgs, step: int | Ten
         c1 = c1 + step_tensor
     c3 = (stream << 24) | (sample >> 32 & 0xFFFFFF)
     key = torch.zeros_like(sample) + seed if seed_tensor is None else seed_tensor.expand_as(sample)
-    counter = (c0, *(c[:, None] & _MASK for c in (c1, sample, c3)))
+    counter = (c0 & _MASK, *(c[:, None] & _MASK for c in (c1, sample, c3)))
     return philox4x32(counter, (key[:, None] & _MASK, key[:, None] >> 32 & _MASK))
 
 

@@ -139,11 +139,12 @@ def _run_step(
     order, (state, m, drawn, history, unconditional, known, mask) = _dense(tensors, args[-1] >= 0)
     args = (drawn, *args[1:])
     rows = _rows(table, x)
+    if backend == "reference" or table.dynamic_threshold is not None:
+        check_values("step", step, len(table))
     threshold = None
     if table.dynamic_threshold is not None:
         threshold = reference.dynamic_threshold(state, m, rows, step, unconditional, scale, *table.dynamic_threshold)
     if backend == "reference":
-        check_values("step", step, len(table))
         options = (history, unconditional, scale, known, mask, threshold)
         result: Any = reference.sampler_step(state, m, rows, step, args, *options)
         return _finish(result if return_x0 else result[0], x, order, out)
@@ -255,7 +256,7 @@ def sample(
     Args:
         denoiser: ``denoiser(x, time) -> model output``; ``time`` is float32 ``[batch]``, from ``table.times``. With
             guidance it returns the pair (conditional output, unconditional output).
-        x: the initial state, ``table.initial_sigma`` times standard normal noise.
+        x: the initial state, ``table.initial_sigma`` times standard normal noise, of another stream than the steps'.
         table: from ``dgm_kernels.tables``.
         noise: key of the trajectory; None draws one seed from PyTorch's generator.
         guidance: scale of classifier-free guidance.
@@ -264,14 +265,29 @@ def sample(
 
     Returns:
         The final state.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or range; the message names it.
+
+    Example:
+        >>> key = NoiseKey(seed=0)
+        >>> table = tables.ddim(Schedule.linear(1000), 50)
+        >>> x = noise_like(torch.empty(4, 3, 8, 8), NoiseKey(seed=0, stream=1)) * table.initial_sigma
+        >>> sample(lambda x, time: x, x, table, noise=key).shape
+        torch.Size([4, 3, 8, 8])
     """
+    check_batch("x", x)
+    if not isinstance(table, SamplerTable):
+        raise TypeError(f"table must be a SamplerTable (see dgm_kernels.tables), got {type(table).__name__}")
+    if noise is not None and not isinstance(noise, NoiseKey):
+        raise TypeError(f"noise must be a NoiseKey, new noise for every step, or None, got {type(noise).__name__}")
     if noise is None and (table.stochastic or known is not None):
         noise = NoiseKey.draw(device=x.device)
     times = table.times.to(device=x.device, dtype=torch.float32)
-    scales = table.input_scale.tolist()
     previous = None
     for step in range(len(table)):
-        seen = x if scales[step] == 1.0 else x * scales[step]
+        scale = table.input_scales[step]
+        seen = x if scale == 1.0 else x * scale
         output = denoiser(seen, times[step].expand(x.shape[0]))
         m, guided = (output, None) if guidance is None else (output[0], (output[1], guidance))
         history = previous if table.needs_history[step] else None

@@ -105,8 +105,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0:
         return False
     first = [t.data_ptr() for t in (a, b)]
-    span = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) * t.element_size() for t in (a, b)]
-    return max(first) <= min(p + s for p, s in zip(first, span, strict=True))
+    elements = [1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    ends = [p + n * t.element_size() for p, n, t in zip(first, elements, (a, b), strict=True)]
+    return max(first) < min(ends)
 
 
 def writable(out: Tensor | tuple[Tensor, Tensor], tensors: list[Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -119,11 +120,18 @@ def make_nodes(
     return Nodes(alpha, sigma, schedule.times[index], *maps, scale=torch.ones_like(alpha), initial_sigma=start)
 
 
+def as_float(name: str, value: object) -> float:
+    """``value`` as a float."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def _bounds(clip: Clip) -> tuple[float, float]:
     if clip is None:
         return -math.inf, math.inf
-    pair = tuple(clip) if isinstance(clip, (tuple, list)) else (-clip, clip) if isinstance(clip, (int, float)) else ()
-    if len(pair) != 2 or not pair[0] < pair[1]:
+    pair = tuple(clip) if isinstance(clip, (tuple, list)) else (-clip, clip) if isinstance(clip, Real) else ()
+    if len(pair) != 2 or not all(isinstance(bound, Real) for bound in pair) or not pair[0] < pair[1]:
         raise ValueError(f"clip must be a positive number or a pair (low, high) with low < high, got {clip!r}")
     return pair
 
@@ -149,13 +157,14 @@ def check_threshold(value: Threshold, clip: Clip) -> tuple[float, float] | None:
         return None
     if clip is not None:
         raise ValueError("dynamic_threshold and clip both bound x0: give one of them")
-    quantile, largest = value if isinstance(value, tuple) else (value, math.inf)
-    if not 0 < quantile <= 1 or not largest >= 1:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, math.inf)
+    real = len(pair) == 2 and all(isinstance(number, Real) for number in pair)
+    if not real or not 0 < pair[0] <= 1 or not pair[1] >= 1:
         raise ValueError(
             "dynamic_threshold must be a quantile in (0, 1] or a pair (quantile, largest) with largest >= 1, "
             f"got {value!r}"
         )
-    return quantile, largest
+    return float(pair[0]), float(pair[1])
 
 
 def make_table(name: str, prediction: str, nodes: Nodes, rows: Tensor, **fields: Any) -> SamplerTable:

@@ -12,8 +12,15 @@ from torch import Tensor
 from .._core.checks import as_int
 
 
+def _numbers(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from error
+
+
 def _checked_betas(betas: Sequence[float] | Tensor) -> Tensor:
-    values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu()
+    values = _numbers("betas", betas)
     if values.dim() != 1 or values.numel() == 0:
         raise ValueError(f"betas must be a non-empty sequence of numbers, got shape {tuple(values.shape)}")
     for step, beta in enumerate(values.tolist()):
@@ -117,7 +124,7 @@ class Schedule:
     @classmethod
     def from_sigmas(cls, sigmas: Sequence[float] | Tensor) -> Schedule:
         """A variance exploding schedule, ``x_t = x_0 + sigma_t eps``, from rising positive sigmas."""
-        values = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
+        values = _numbers("sigmas", sigmas)
         if (
             values.dim() != 1
             or values.numel() == 0

@@ -29,6 +29,16 @@ class _Table:
             object.__setattr__(self, "rows64", self.rows64.clone())
             self._on_device[torch.device("cpu")] = self.rows64.to(torch.float32)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies on devices: a pickle may be loaded where there are none."""
+        return {**self.__dict__, "_on_device": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        object.__setattr__(self, "_on_device", {})
+        object.__setattr__(self, "rows64", self.rows64.cpu())
+        self._on_device[torch.device("cpu")] = self.rows64.to(torch.float32)
+
     def __len__(self) -> int:
         return self.rows64.shape[0]
 
@@ -74,6 +84,7 @@ class SamplerTable(_Table):
     stochastic: bool = dataclasses.field(init=False)
     clips: bool = dataclasses.field(init=False)
     needs_history: tuple[bool, ...] = dataclasses.field(init=False, repr=False)
+    input_scales: tuple[float, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +92,7 @@ class SamplerTable(_Table):
         object.__setattr__(self, "stochastic", bool((column["an"] != 0).any()))
         object.__setattr__(self, "clips", bool((column["lo"].isfinite() | column["hi"].isfinite()).any()))
         object.__setattr__(self, "needs_history", tuple((column["ah"] != 0).tolist()))
+        object.__setattr__(self, "input_scales", tuple(self.input_scale.tolist()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ node. A model's output ``m`` becomes ``x0 = px x + pm m`` and ``eps = ex x + em 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from .nodes import (
     Nodes,
     Threshold,
     alternate,
+    as_float,
     check_kind,
     check_prediction,
     check_threshold,
@@ -101,7 +103,7 @@ def ddim(
         final: ``"one"`` ends on the clean sample, ``"first"`` on the schedule's first entry.
     """
     check_kind("ddim", schedule, "vp", "ve", "flow")
-    if not 0 <= eta <= 1:
+    if not 0 <= as_float("eta", eta) <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta!r}")
     nodes = make_nodes(schedule, steps, prediction, spacing, final)
     noise = eta * posterior(nodes)[2].sqrt()
@@ -148,8 +150,8 @@ def euler_ancestral(
     ``sigma_down^2 = sigma'^2 - sigma_up^2``.
     """
     check_kind("euler_ancestral", schedule, "vp", "ve")
-    if not eta >= 0:
-        raise ValueError(f"eta must be non-negative, got {eta!r}")
+    if not 0 <= as_float("eta", eta) < math.inf:
+        raise ValueError(f"eta must be non-negative and finite, got {eta!r}")
     nodes = make_nodes(schedule, steps, prediction, spacing).unscaled()
     here, then = nodes.here("sigma"), nodes.next("sigma")
     up = torch.minimum(then, eta * (then**2 * (here**2 - then**2) / here**2).sqrt())
@@ -292,7 +294,7 @@ def annealed_langevin(
     check_kind("annealed_langevin", schedule, "ve")
     steps_per_level = positive_int("steps_per_level", steps_per_level)
     limit = 4 * float(schedule.sigma_t[0]) ** 2
-    if not 0 < step_size < limit:
+    if not 0 < as_float("step_size", step_size) < limit:
         raise ValueError(f"step_size must be in (0, 4 sigma_min^2) = (0, {limit:g}), else x grows, got {step_size!r}")
     nodes = make_nodes(schedule, None, prediction, None)
     size = 0.5 * step_size * (nodes.here("sigma") / schedule.sigma_t[0]) ** 2
@@ -317,17 +319,18 @@ def predictor_corrector(
 ) -> SamplerTable:
     """Reverse diffusion, then Langevin steps at the new noise level (Song et al., 2021, Algorithms 2 and 3).
 
-    The paper sizes a corrector step by the batch's mean norms, ``2 a (snr |noise| / |score|)^2``. Here the ratio of the
-    norms is its expectation, sigma, so that a sample does not depend on the rest of its batch.
+    The paper sizes a corrector step by the batch's mean norms, ``2 a (snr |noise| / |score|)^2``, with ``a = 1 - b`` of
+    the node that is corrected (1 for variance exploding schedules). Here the ratio of the norms is its expectation,
+    sigma, so that a sample does not depend on the rest of its batch.
     """
     check_kind("predictor_corrector", schedule, "vp", "ve")
-    if not snr > 0:
-        raise ValueError(f"snr must be positive, got {snr!r}")
+    if not 0 < as_float("snr", snr) < 1:
+        raise ValueError(f"snr must be in (0, 1), else x grows, got {snr!r}")
     corrector_steps = positive_int("corrector_steps", corrector_steps)
     nodes = make_nodes(schedule, steps, prediction, spacing)
     ax, a0, an = _reverse_columns(nodes, 1.0)
     predictor = step_rows(nodes, clip, ax=ax, a0=a0, an=an * (nodes.next("sigma") > 0))
-    ratio = (nodes.here("alpha") / nodes.next("alpha"))[:-1]
+    ratio = nodes.alpha[1:-1] / nodes.alpha[2:]
     middle = lambda name: nodes.next(name)[:-1]  # noqa: E731  (every node but the first and the clean last)
     corrector = _langevin_rows(nodes, middle, 2 * ratio**2 * (snr * middle("sigma")) ** 2, clip)
     rows = alternate(predictor, corrector, corrector_steps)
@@ -398,7 +401,7 @@ def _weights(weighting: str | Tensor | None, schedule: Schedule, prediction: str
         return torch.ones_like(schedule.alpha_t)
     if isinstance(weighting, Tensor):
         values = weighting.detach().to(device="cpu", dtype=torch.float64)
-        if values.shape != schedule.alpha_t.shape or not bool((values >= 0).all()):
+        if values.shape != schedule.alpha_t.shape or not bool((values.isfinite() & (values >= 0)).all()):
             raise ValueError(
                 f"weighting must hold {len(schedule)} non-negative numbers, got shape {tuple(values.shape)}"
             )

@@ -46,7 +46,7 @@ def _uniform(word):
 
 @triton.jit
 def _minus_two_log(u):
-    """``-2 ln(u)`` for u in (0, 1]; polynomial of csrc/common/philox.h, without the special cases of ``tl.log``."""
+    """``-2 ln(u)`` for u in (0, 1]: a polynomial of its own range, and none of the special cases of ``tl.log``."""
     bits = u.to(tl.int32, bitcast=True)
     offset = bits - 0x3F3504F3  # of sqrt(1/2): u = 2^e (1 + f) with 1 + f from there to sqrt(2)
     e = (offset >> 23).to(tl.float32)
@@ -370,7 +370,7 @@ def _launch(
         compiled = _compiled.get(which)
         if compiled is not None:
             compiled[programs](*args)
-        elif not interpreted():
+        elif not interpreted() and torch.version.hip is None:  # AMD's compiler looks at the sizes of tensors, too
             _compiled[which] = kernel[programs](*args, num_warps=_WARPS)
         else:
             kernel[programs](*args)
@@ -389,6 +389,8 @@ def noise_like(like: Tensor, noise: Tensor | None, *args: Any) -> Tensor:
     out = torch.empty(like.shape, dtype=torch.int32 if kind == 2 else like.dtype, device=like.device)
     if out.numel():
         key = _key(noise, key_args)
+        if not key.drawn:
+            raise ValueError("noise_like needs a key, got none")
         _launch(_noise_kernel, out, (out, *key.tensors), key.numbers, kind)
     return out
 
@@ -421,11 +423,19 @@ def sampler_step_out(
     _launch(_step_kernel, x, (*given, *key.tensors), numbers, key.drawn)
 
 
+def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, key: Any) -> None:
+    if t.shape != x0.shape[:1]:
+        raise ValueError(f"t must have shape {tuple(x0.shape[:1])}, got {tuple(t.shape)}")
+    if noise is None and not key.drawn:
+        raise ValueError("noise must be a tensor or a key, got neither")
+
+
 def add_noise(x0: Tensor, rows: Tensor, t: Tensor, noise: Tensor | None, *key_args: Any) -> Tensor:
     """``dgm::add_noise.triton``; see :func:`dgm_kernels.add_noise`."""
     out = torch.empty_like(x0)
     if out.numel():
         key = _key(noise, key_args)
+        _check_training(x0, t, noise, key)
         tensors = (out, x0, noise, rows, t, *key.tensors)
         _launch(_add_noise_kernel, x0, tensors, (rows.shape[0], *key.numbers), key.drawn)
     return out
@@ -442,6 +452,7 @@ def denoising_loss(
     residual = torch.empty_like(model_output) if with_residual else None
     if x0.numel():
         key = _key(noise, key_args)
+        _check_training(x0, t, noise, key)
         batch, _, blocks = _grid(x0.shape[0], x0.numel() // x0.shape[0]).numbers
         partial = torch.empty((batch, blocks), dtype=torch.float32, device=x0.device)
         tensors = (partial, residual, model_output, x0, noise, rows, t, *key.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,12 +83,13 @@ class DDPM(GenerativeModel):
             raise ValueError(f"cond_dropout must be in [0, 1], got {cond_dropout!r}")
         if levels is not None and check_positive("levels", levels) < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
-        self.sample_shape = tuple(image_shape)
+        self.sample_shape = _sizes("image_shape", image_shape)
         self.prediction, self.clip, self.levels = prediction, clip, levels
         self.num_classes, self.cond_dropout = num_classes, cond_dropout
         self.conditional = num_classes is not None
         self.schedule = _schedule(schedule, timesteps)
         self.training_table = tables.training(self.schedule, prediction=prediction)
+        multipliers = _sizes("multipliers", multipliers)
         self.denoiser = _denoiser(denoiser, self.sample_shape, width, depth, multipliers, num_classes)
 
     def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
@@ -125,6 +127,12 @@ class DDPM(GenerativeModel):
             steps: number of steps; None takes every training time.
             options: of the function of that name in ``dgm_kernels.tables``.
         """
+        return self._table(sampler, steps, options, self.sampler_table)
+
+    def _table(
+        self, sampler: str | SamplerTable, steps: int | None, options: dict[str, Any], *callers: Callable[..., Any]
+    ) -> SamplerTable:
+        """:meth:`sampler_table` for the first of ``callers``, whose options are the arguments of all of them."""
         if isinstance(sampler, SamplerTable):
             if sampler.prediction != self.prediction:
                 raise ValueError(
@@ -135,9 +143,18 @@ class DDPM(GenerativeModel):
             return sampler
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be a table or one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        make = getattr(tables, sampler)
+        known = [name for name in _parameters(make) if name not in ("schedule", "prediction")]
+        for option in options:
+            if option not in known:
+                own = [name for caller in callers for name in _parameters(caller)]
+                names = ", ".join(dict.fromkeys([*own, *known]))
+                raise TypeError(
+                    f"{callers[0].__name__} with sampler {sampler!r} has no option {option!r}; its options are {names}"
+                )
         if options.get("dynamic_threshold") is None:
             options = {"clip": self.clip, **options}
-        return getattr(tables, sampler)(self.schedule, steps, prediction=self.prediction, **options)
+        return make(self.schedule, steps, prediction=self.prediction, **options)
 
     def _sample(
         self,
@@ -167,7 +184,7 @@ class DDPM(GenerativeModel):
         """
         if guidance != 1 and cond is None:
             raise ValueError(f"guidance must be 1 without cond, got {guidance!r}")
-        table = self.sampler_table(sampler, steps, **options)
+        table = self._table(sampler, steps, options, self.sample, self._sample)
         x = self._initial_state(n, seed, first_sample, table)
         guided = guidance != 1
 
@@ -205,7 +222,7 @@ class DDPM(GenerativeModel):
         """At most ``frames`` states from noise to sample, labelled with their time t; options as in ``sample``."""
         if check_positive("frames", frames) < 2:
             raise ValueError(f"frames must be at least 2, the noise and the sample, got {frames}")
-        table = self.sampler_table(sampler, steps, **options)
+        table = self._table(sampler, steps, options, self.trajectory)
         # A state is labelled with the time the model is told next; some samplers keep it divided by alpha.
         times = [f"t = {int(time) + 1}" for time in table.times] + ["t = 0"]
         scales = [*table.input_scale.tolist(), 1.0]
@@ -292,6 +309,21 @@ class DDPM(GenerativeModel):
         if cond.device.type == "cpu" and not bool(((cond >= 0) & (cond < self.num_classes)).all()):
             raise ValueError(f"cond must hold classes in [0, {self.num_classes}), got {cond.tolist()}")
         return cond
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of its arguments."""
+    every = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in every if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def _sizes(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """``value`` as a tuple if it holds positive ints, else an error that names it."""
+    try:
+        sizes = list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of positive ints, got {value!r}") from None
+    return tuple(check_positive(f"{name}[{place}]", size) for place, size in enumerate(sizes))
 
 
 def _schedule(schedule: str | Sequence[float], timesteps: int) -> Schedule:
