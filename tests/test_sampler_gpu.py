@@ -212,9 +212,10 @@ class TestDevice:
         native_step(backend, step), native_loss(backend, loss)  # Triton compiles here
         torch.cuda.set_sync_debug_mode("error")
         try:
-            native_step(backend, step), native_loss(backend, loss)
+            results = *native_step(backend, step), *native_loss(backend, loss)  # raises where something waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert all(result.isfinite().all() for result in results)
 
     def test_runs_on_the_current_stream(self, backend):
         call = step_call((2, 1023), torch.float32, "drawn", DEVICE)
