@@ -1,6 +1,19 @@
 """Fast, drop-in PyTorch ops for deep generative models."""
 
 from ._core.backends import backends, use_backend
+from .coupling import (
+    actnorm,
+    additive_coupling,
+    affine_coupling,
+    householder,
+    invertible_conv1x1,
+    logistic_log_prob,
+    made_inverse,
+    permute_channels,
+    rational_quadratic_spline,
+    standard_normal_log_prob,
+    triangular_linear,
+)
 from .sampler import (
     NoiseKey,
     SamplerTable,
@@ -21,12 +34,23 @@ __all__ = [
     "SamplerTable",
     "Schedule",
     "TrainingTable",
+    "actnorm",
     "add_noise",
+    "additive_coupling",
+    "affine_coupling",
     "backends",
     "denoising_loss",
+    "householder",
+    "invertible_conv1x1",
+    "logistic_log_prob",
+    "made_inverse",
     "noise_like",
+    "permute_channels",
+    "rational_quadratic_spline",
     "sample",
     "sampler_step",
+    "standard_normal_log_prob",
     "tables",
+    "triangular_linear",
     "use_backend",
 ]

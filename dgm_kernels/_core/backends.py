@@ -123,11 +123,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def select(device: torch.device, operands: Sequence[Tensor | None], refusal: str | None = None) -> str:
+def select(
+    device: torch.device,
+    operands: Sequence[Tensor | None],
+    refusal: str | None = None,
+    natives: Sequence[str] = NAMES[1:],
+) -> str:
     """The backend for a call on this device with these operands.
 
     Args:
         refusal: why no native backend can take this call, if the op knows of a reason of its own.
+        natives: backends that the op has kernels for.
 
     Raises:
         ValueError: a backend is forced that cannot take the call.
@@ -135,6 +141,8 @@ def select(device: torch.device, operands: Sequence[Tensor | None], refusal: str
     if _forced == "reference":
         return "reference"
     refusal = refusal or _refusal(operands)
+    if _forced is not None and _forced not in natives:
+        raise ValueError(f"backend {_forced!r} has no kernel for this op, only {', '.join(natives)}")
     if _forced is not None:
         devices = (*_DEVICES[_forced], "cpu") if _forced == "triton" and interpreted() else _DEVICES[_forced]
         if device.type not in devices:
@@ -142,7 +150,7 @@ def select(device: torch.device, operands: Sequence[Tensor | None], refusal: str
         if refusal:
             raise ValueError(f"backend {_forced!r} does not take this call: {refusal}")
         return _forced
-    best = _best(device.type)
+    best = _best(device.type, tuple(natives))
     if best == "reference" or refusal is None:
         return best
     _note_fallback(best, refusal)
@@ -150,13 +158,15 @@ def select(device: torch.device, operands: Sequence[Tensor | None], refusal: str
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it and does not trace what it does
-def _best(device_type: str) -> str:
-    return _find_best(device_type)
+def _best(device_type: str, natives: tuple[str, ...]) -> str:
+    return _find_best(device_type, natives)
 
 
 @functools.cache
-def _find_best(device_type: str) -> str:
+def _find_best(device_type: str, natives: tuple[str, ...]) -> str:
     for name in _AUTO.get(device_type, ()):
+        if name not in natives:
+            continue
         why = _why_unavailable(name)
         if why is None:
             return name

@@ -34,3 +34,27 @@ def like_strides(result: Tensor, model: Tensor) -> Tensor:
     if order is None or order == tuple(range(model.dim())):
         return result
     return result.permute(order).contiguous().permute(inverse(order))
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` itself if each sample is contiguous, whatever the distance between samples; else a contiguous copy."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def last_rows(x: Tensor) -> Tensor:
+    """``x`` itself if its last dimension is contiguous and the others are evenly spaced; else a contiguous copy."""
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    expected = None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return x.contiguous()
+        expected = stride * size
+    return x

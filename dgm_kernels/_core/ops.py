@@ -23,35 +23,48 @@ def define(
     triton_module: str,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    backends: Sequence[str] = NATIVE,
 ) -> dict[str, Callable[..., Any]]:
     """Defines ``dgm::<name>.cpp``, ``.cuda`` and ``.triton`` with one schema, fake kernel and backward formula.
 
     The C++ kernels register themselves when the extension loads; the Triton launcher is the function ``name`` of
-    ``triton_module``, imported at the first call.
+    ``triton_module``, imported at the first call. ``backends`` are those that the op has kernels for; the backward
+    formula finds the one that ran as ``ctx.backend``.
 
     Returns:
         The callable of each backend.
     """
     extension()
-    for backend in NATIVE:
+    contexts = {backend: _with_backend(setup_context, backend) for backend in backends}
+    for backend in backends:
         _library.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"dgm::{name}.{backend}", fake, lib=_library)
         if backward is not None:
             torch.library.register_autograd(
-                f"dgm::{name}.{backend}", backward, setup_context=setup_context, lib=_library
+                f"dgm::{name}.{backend}", backward, setup_context=contexts[backend], lib=_library
             )
 
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(triton_module), name)(*args)
 
-    for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-        _library.impl(f"{name}.triton", launch, key)
+    if "triton" in backends:
+        for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+            _library.impl(f"{name}.triton", launch, key)
     packet = getattr(torch.ops.dgm, name)
-    overloads = {backend: getattr(packet, backend) for backend in NATIVE}
-    if setup_context is not None and backward is not None:
-        for overload in overloads.values():
-            _functions[overload] = _function(overload, setup_context, backward)
+    overloads = {backend: getattr(packet, backend) for backend in backends}
+    if backward is not None:
+        for backend, overload in overloads.items():
+            _functions[overload] = _function(overload, contexts[backend], backward)
     return overloads
+
+
+def _with_backend(setup_context: Callable[..., None] | None, backend: str) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backend
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    return setup
 
 
 def _function(
@@ -71,6 +84,29 @@ def _function(
     return type(
         "Function", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
+
+
+def differentiable_vjp(
+    rebuild: Callable[..., Tensor],
+    function: Callable[..., Sequence[Tensor]],
+    output: Tensor,
+    operands: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of an invertible ``function(x, *operands)``, themselves differentiable, from its output.
+
+    ``rebuild(output, *operands)`` is x. Its dependence on the operands is no part of these gradients, but of theirs:
+    the function gets views, with respect to which it is differentiated.
+    """
+    views = [None if operand is None else operand.view_as(operand) for operand in operands]
+    inputs = [rebuild(output, *operands), *views]
+    inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    outputs = function(*inputs)
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
+    wanted = [t for t in inputs if t is not None]
+    outs, seeds = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
+    return tuple(None if t is None else next(found) for t in inputs)
 
 
 def call(op: Callable[..., Any], needs_grad: bool, *args: Any) -> Any:

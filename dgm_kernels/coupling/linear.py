@@ -1,0 +1,273 @@
+"""Invertible linear maps with their log-determinants: PyTorch's matrix products are the fast form of these."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .._core.checks import check_batch, check_device, check_float
+from .checks import check_channels, check_permutation, check_values_known
+from .reference import work_dtype
+
+
+def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Affine map per channel: ``y = x exp(log_scale) + shift``, ``logdet = pixels * sum(log_scale)``.
+
+    The inverse is ``x = (y - shift) exp(-log_scale)``. Saves its output in place of ``x``.
+    :class:`dgm_kernels.nn.ActNorm` sets the parameters from the first batch.
+
+    Args:
+        x: ``[batch, channels, ...]``; with ``inverse`` the y.
+        shift: ``[channels]``.
+        log_scale: ``[channels]``.
+        inverse: computes x from y.
+
+    Returns:
+        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+
+    Source: Kingma and Dhariwal, "Glow", 2018.
+    """
+    check_batch("x", x)
+    check_channels("shift", shift, x)
+    check_channels("log_scale", log_scale, x)
+    work = work_dtype(x, shift, log_scale)
+    plain = (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+    y = _per_channel(x, shift, log_scale, inverse) if plain else _ActNorm.apply(x, shift, log_scale, inverse)
+    pixels = math.prod(x.shape[2:])
+    total = log_scale.to(work).sum() * (-pixels if inverse else pixels)
+    return y, total.expand(x.shape[0])
+
+
+def _channels_last_view(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.view(-1, *[1] * (x.dim() - 2))
+
+
+def _per_channel(x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    scale = torch.exp(-log_scale if inverse else log_scale)
+    start = -shift * scale if inverse else shift
+    return torch.addcmul(_channels_last_view(start, x), x, _channels_last_view(scale, x)).to(x.dtype)
+
+
+class _ActNorm(torch.autograd.Function):
+    """One pass forward; saves the output, from which x exp(log_scale) = y - shift."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+        y = _per_channel(x, shift, log_scale, inverse)
+        ctx.save_for_backward(y, shift, log_scale)
+        ctx.inverse, ctx.dtype = inverse, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, shift, log_scale = ctx.saved_tensors
+        dims = (0, *range(2, y.dim()))
+        scaled = grad * _channels_last_view(torch.exp(-log_scale if ctx.inverse else log_scale), y)
+        if ctx.inverse:
+            to_shift, to_scale = -scaled.sum(dims), -(grad * y).sum(dims)
+        else:
+            to_shift, to_scale = grad.sum(dims), (grad * (y - _channels_last_view(shift, y))).sum(dims)
+        return scaled.to(ctx.dtype), to_shift.to(shift.dtype), to_scale.to(log_scale.dtype), None
+
+
+def triangular_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lower: bool = True,
+    negative_slope: float = 1.0,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Layer of an invertible MLP: ``y = leaky_relu(x W^T + bias)`` with triangular W.
+
+    ``logdet = sum log abs(w_ii) + log(negative_slope) * (number of negative outputs)``. The inverse is a triangular
+    solve. Saves ``x``, not y, for the backward pass: rebuilding x by a solve would multiply rounding errors by the
+    condition number of W.
+
+    Args:
+        x: ``[batch, D]``; with ``inverse`` the y.
+        weight: ``[D, D]``, of which only the lower triangle is read (the upper one with ``lower=False``).
+        bias: ``[D]`` or None.
+        lower: which triangle.
+        negative_slope: of the leaky ReLU; positive, for ReLU itself (slope 0) is not injective. 1 is no activation.
+        inverse: computes x from y.
+
+    Returns:
+        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a diagonal with a zero or
+            non-finite entry (looked at on the CPU only; on a GPU logdet is then -inf or NaN).
+    """
+    check_batch("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [batch, features], got {tuple(x.shape)}")
+    _check_matrix("weight", weight, (x.shape[1], x.shape[1]), x)
+    if bias is not None:
+        _check_matrix("bias", bias, (x.shape[1],), x)
+    if not 0 < negative_slope < math.inf:
+        raise ValueError(f"negative_slope must be positive (a slope of 0 is not injective), got {negative_slope!r}")
+    diagonal = weight.diagonal()
+    if check_values_known(weight):
+        bad = ~(diagonal.isfinite() & (diagonal != 0))
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"weight must have a finite, non-zero diagonal, got {float(diagonal[i])} at {i}")
+    work = work_dtype(x, weight)
+    triangle = weight.tril() if lower else weight.triu()
+    total = diagonal.to(work).abs().log().sum()
+    if not inverse:
+        y = F.linear(x, triangle, bias)
+        negative = (y < 0).sum(1) * math.log(negative_slope)
+        y = y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
+        return y, (total + negative).to(work)
+    negative = (x < 0).sum(1) * math.log(negative_slope)
+    h = x.to(work) if negative_slope == 1 else F.leaky_relu(x.to(work), 1 / negative_slope)
+    h = h if bias is None else h - bias.to(work)
+    solved = torch.linalg.solve_triangular(triangle.to(work).T, h, upper=lower, left=False)
+    return solved.to(x.dtype), (-total - negative).to(work)
+
+
+def invertible_conv1x1(
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_abs_diagonal: Tensor,
+    sign: Tensor,
+    permutation: Tensor,
+    *,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Invertible 1x1 convolution by its LU decomposition: ``y = W x`` for every pixel, ``W = P L U``.
+
+    L has ones on its diagonal and ``lower`` below it; U has ``sign exp(log_abs_diagonal)`` on its diagonal and
+    ``upper`` above it; ``(P v)_i = v_permutation[i]``. ``logdet = pixels * sum(log_abs_diagonal)``. Saves ``x``, for
+    the reason that :func:`triangular_linear` gives.
+
+    Args:
+        x: ``[batch, C, ...]``; with ``inverse`` the y.
+        lower: ``[C, C]``, of which the part below the diagonal is read.
+        upper: ``[C, C]``, of which the part above the diagonal is read.
+        log_abs_diagonal: ``[C]``.
+        sign: ``[C]``, 1 or -1.
+        permutation: int64 ``[C]``.
+        inverse: computes x from y.
+
+    Returns:
+        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a non-finite
+            ``log_abs_diagonal`` (looked at on the CPU only).
+
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions", 2018, section 3.2.
+    """
+    check_batch("x", x)
+    check_channels("log_abs_diagonal", log_abs_diagonal, x)
+    check_channels("sign", sign, x)
+    check_permutation("permutation", permutation, x)
+    channels = x.shape[1]
+    for name, value in (("lower", lower), ("upper", upper)):
+        _check_matrix(name, value, (channels, channels), x)
+    if check_values_known(log_abs_diagonal) and not log_abs_diagonal.isfinite().all():
+        raise ValueError("log_abs_diagonal must be finite: W would be singular")
+    if check_values_known(sign) and not (sign.abs() == 1).all():
+        raise ValueError("sign must hold 1 and -1 only")
+    work = work_dtype(x, lower, upper, log_abs_diagonal)
+    unit = torch.eye(channels, dtype=work, device=x.device)
+    low = lower.to(work).tril(-1) + unit
+    up = upper.to(work).triu(1) + torch.diag(sign.to(work) * torch.exp(log_abs_diagonal.to(work)))
+    if inverse:
+        matrix = torch.linalg.solve_triangular(low, unit, upper=False, unitriangular=True)
+        matrix = torch.linalg.solve_triangular(up, matrix, upper=True)[:, permutation.argsort()]
+    else:
+        matrix = (low @ up)[permutation]
+    total = log_abs_diagonal.to(work).sum() * (math.prod(x.shape[2:]) * (-1 if inverse else 1))
+    return _mix(x, matrix), total.expand(x.shape[0])
+
+
+def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Product of Householder reflections over the channels: ``y = H_k ... H_1 x``, ``H_i = I - 2 v v^T / v^T v``.
+
+    Orthogonal: logdet = 0, and the inverse applies the reflections in the other order.
+
+    Args:
+        x: ``[batch, C, ...]``; with ``inverse`` the y.
+        vectors: ``[k, C]``; any ``k <= C`` of them.
+        inverse: computes x from y.
+
+    Returns:
+        y like ``x``, and logdet ``[batch]``, zeros in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a vector of length 0
+            (looked at on the CPU only).
+
+    Source: Tomczak and Welling, "Improving Variational Auto-Encoders using Householder Flow", 2016.
+    """
+    check_batch("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [batch, channels, ...], got {tuple(x.shape)}")
+    if not isinstance(vectors, Tensor) or vectors.dim() != 2:
+        raise ValueError(f"vectors must be a tensor of shape [k, {x.shape[1]}], got {vectors!r:.60}")
+    _check_matrix("vectors", vectors, (vectors.shape[0], x.shape[1]), x)
+    work = work_dtype(x, vectors)
+    squares = vectors.to(work).square().sum(1)
+    if check_values_known(vectors) and not (squares > 0).all():
+        raise ValueError("vectors must not have length 0 (or NaN)")
+    matrix = torch.eye(x.shape[1], dtype=work, device=x.device)
+    for v, square in zip(vectors.to(work), squares, strict=True):
+        matrix = matrix - torch.outer(v * (2 / square), v @ matrix)
+    return _mix(x, matrix.T if inverse else matrix), x.new_zeros(x.shape[0], dtype=work)
+
+
+def permute_channels(x: Tensor, permutation: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Permutation of the channels: ``y[:, i] = x[:, permutation[i]]``, logdet = 0.
+
+    Args:
+        x: ``[batch, C, ...]``; with ``inverse`` the y.
+        permutation: int64 ``[C]``.
+        inverse: computes x from y.
+
+    Returns:
+        y like ``x``, and logdet ``[batch]``, zeros in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+    """
+    check_batch("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [batch, channels, ...], got {tuple(x.shape)}")
+    check_permutation("permutation", permutation, x)
+    order = permutation.argsort() if inverse else permutation
+    return x.index_select(1, order), x.new_zeros(x.shape[0], dtype=work_dtype(x))
+
+
+def _mix(x: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix applied to the channels of every pixel."""
+    matrix = matrix.to(x.dtype)
+    if x.dim() == 4:
+        return F.conv2d(x, matrix[:, :, None, None])
+    return torch.matmul(matrix, x.flatten(2)).view(x.shape) if x.dim() > 2 else F.linear(x, matrix)
+
+
+def _check_matrix(name: str, value: object, shape: tuple[int, ...], x: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, for x of {tuple(x.shape)}, got {tuple(value.shape)}")
+    check_device(name, value, x, "x")
+    check_float(name, value)
