@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/isa.h"
+#include "coupling/launch.h"
 #include "sampler/launch.h"
 
 namespace py = pybind11;
@@ -29,7 +30,7 @@ py::dict build_info() {
   return info;
 }
 
-// The schemas are in dgm_kernels/<op>/op.py; a backend is an overload.
+// The schemas are in dgm_kernels/<op>/op.py; a backend is an overload. These ops have kernels for CPU and CUDA.
 void register_kernels(torch::Library& m, const std::string& backend) {
   const auto impl = [&](const char* op, auto kernel) { m.impl((op + ("." + backend)).c_str(), kernel); };
   impl("noise_like", TORCH_FN(dgm::sampler::noise_like));
@@ -41,7 +42,15 @@ void register_kernels(torch::Library& m, const std::string& backend) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dgm, CPU, m) { register_kernels(m, "cpp"); }
+TORCH_LIBRARY_IMPL(dgm, CPU, m) {
+  register_kernels(m, "cpp");
+  m.impl("coupling_affine.cpp", TORCH_FN(dgm::coupling::affine));
+  m.impl("coupling_affine_backward.cpp", TORCH_FN(dgm::coupling::affine_backward));
+  m.impl("coupling_spline.cpp", TORCH_FN(dgm::coupling::spline));
+  m.impl("coupling_spline_backward.cpp", TORCH_FN(dgm::coupling::spline_backward));
+  m.impl("coupling_log_prob.cpp", TORCH_FN(dgm::coupling::log_prob));
+  m.impl("coupling_made_inverse.cpp", TORCH_FN(dgm::coupling::made_inverse));
+}
 
 #ifdef DGM_WITH_CUDA
 TORCH_LIBRARY_IMPL(dgm, CUDA, m) { register_kernels(m, "cuda"); }

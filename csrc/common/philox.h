@@ -77,11 +77,9 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
 
 // ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is a float or CPU vectors of them.
 
-// -2 ln(u) for u in (0, 1]: u = 2^e (1 + f) with 1 + f in [3/4, 3/2), a minimax polynomial for ln(1 + f).
+// ln(1 + f) for 1 + f in [3/4, 3/2), a minimax polynomial.
 template <class F>
-DGM_INLINE F minus_two_log(F u) {
-  F e, f;
-  split_exponent(u, e, f);
+DGM_INLINE F log_of_mantissa(F f) {
   auto p = f * 0.05559724196791649f - 0.12114135921001434f;
   p = p * f + 0.14904440939426422f;
   p = p * f - 0.16788817942142487f;
@@ -89,8 +87,15 @@ DGM_INLINE F minus_two_log(F u) {
   p = p * f - 0.24996361136436462f;
   p = p * f + 0.33333471417427063f;
   p = p * f - 0.5f;
-  p = p * (f * f) + f;
-  return e * -1.3862943611198906f - p * 2.0f;
+  return p * (f * f) + f;
+}
+
+// -2 ln(u) for u in (0, 1]: u = 2^e (1 + f).
+template <class F>
+DGM_INLINE F minus_two_log(F u) {
+  F e, f;
+  split_exponent(u, e, f);
+  return e * -1.3862943611198906f - log_of_mantissa(f) * 2.0f;
 }
 
 // sin and cos of `quarters` quarter turns, 0 to 4: the nearest whole one and minimax polynomials for the rest.

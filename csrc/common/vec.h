@@ -39,6 +39,8 @@ typedef float F32 __attribute__((vector_size(4 * kWidth)));
 typedef int32_t I32 __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kWidth)));
 typedef uint64_t U64 __attribute__((vector_size(4 * kWidth)));  // half as many lanes
+typedef double F64 __attribute__((vector_size(4 * kWidth)));     // likewise
+typedef float HalfF32 __attribute__((vector_size(2 * kWidth)));  // likewise
 typedef uint8_t U8 __attribute__((vector_size(kWidth)));
 typedef uint16_t U16 __attribute__((vector_size(2 * kWidth)));
 
@@ -200,6 +202,21 @@ DGM_INLINE F32 to_float(U32 x) {
 
 DGM_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 
+// To the nearest whole number below 2^31.
+DGM_INLINE I32 nearest(F32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<I32>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I32>(_mm256_cvtps_epi32(reinterpret_cast<__m256>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<I32>(_mm_cvtps_epi32(reinterpret_cast<__m128>(x)));
+#else
+  I32 whole;
+  for (int i = 0; i < kWidth; ++i) whole[i] = static_cast<int32_t>(__builtin_lrintf(x[i]));
+  return whole;
+#endif
+}
+
 // u = 2^e (1 + f) with 1 + f in [3/4, 3/2), for a positive normal u.
 DGM_INLINE void split_exponent(F32 u, F32& e, F32& f) {
 #if defined(__AVX512F__)
@@ -266,15 +283,23 @@ DGM_INLINE Pack<F32, N> flip_sign(Pack<F32, N> x, Pack<U32, N> pattern) {
   return x;
 }
 
-// Keep NaN: a comparison with it is false.
+// Keep NaN: the instructions return their second operand where one is NaN, a comparison is false.
 DGM_INLINE F32 at_least(F32 x, float bound) {
   const F32 b = F32{} + bound;
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(x)));
+#else
   return b > x ? b : x;
+#endif
 }
 
 DGM_INLINE F32 at_most(F32 x, float bound) {
   const F32 b = F32{} + bound;
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(x)));
+#else
   return b < x ? b : x;
+#endif
 }
 
 DGM_INLINE double sum(F32 x) {
@@ -282,6 +307,39 @@ DGM_INLINE double sum(F32 x) {
   for (int i = 0; i < kWidth; ++i) total += static_cast<double>(x[i]);
   return total;
 }
+
+// Zero beyond the first `left` lanes: the end of a sample must not add to a sum.
+DGM_INLINE F32 keep_first(int64_t left, F32 x) {
+  if (__builtin_expect(left < kWidth, 0))
+    for (int64_t lane = left; lane < kWidth; ++lane) x[lane] = 0.0f;
+  return x;
+}
+
+// Sums in float64, of which a long one loses nothing.
+class Sum {
+ public:
+  DGM_INLINE_METHOD void add(F32 x) {
+    HalfF32 half[2];
+    std::memcpy(half, &x, sizeof x);
+#if defined(__AVX512F__)  // GCC 12 converts in quarters
+    low_ += reinterpret_cast<F64>(_mm512_cvtps_pd(reinterpret_cast<__m256>(half[0])));
+    high_ += reinterpret_cast<F64>(_mm512_cvtps_pd(reinterpret_cast<__m256>(half[1])));
+#else
+    low_ += __builtin_convertvector(half[0], F64);
+    high_ += __builtin_convertvector(half[1], F64);
+#endif
+  }
+
+  DGM_INLINE_METHOD double value() const {
+    const F64 both = low_ + high_;
+    double total = 0.0;
+    for (int i = 0; i < kWidth / 2; ++i) total += both[i];
+    return total;
+  }
+
+ private:
+  F64 low_ = {}, high_ = {};
+};
 
 // ---- Memory: kWidth elements of any dtype as float32
 

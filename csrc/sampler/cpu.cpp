@@ -260,13 +260,6 @@ void add_noise(const AddNoiseArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-// Zero beyond the first `left` lanes: the end of a sample must not add to the sum.
-DGM_INLINE F32 keep_first(int64_t left, F32 x) {
-  if (__builtin_expect(left < kWidth, 0))
-    for (int64_t lane = left; lane < kWidth; ++lane) x[lane] = 0.0f;
-  return x;
-}
-
 // Writes m - target of a block to `to` and adds its squares up: in four sums, each of which waits for itself only.
 DGM_INLINE void residual_block(const TrainingRow r, int64_t left, const float* m, const float* x0, const float* noise,
                                float* to, F32 (&squares)[4]) {

@@ -87,26 +87,17 @@ def _function(
 
 
 def differentiable_vjp(
-    rebuild: Callable[..., Tensor],
-    function: Callable[..., Sequence[Tensor]],
-    output: Tensor,
-    operands: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of an invertible ``function(x, *operands)``, themselves differentiable, from its output.
+    """Gradients of a function with respect to its inputs, themselves differentiable.
 
-    ``rebuild(output, *operands)`` is x. Its dependence on the operands is no part of these gradients, but of theirs:
-    the function gets views, with respect to which it is differentiated.
+    The function gets views of the inputs and is differentiated with respect to those: an input that depends on another
+    one, such as an x that was rebuilt from an output and a parameter, brings no second share.
     """
-    views = [None if operand is None else operand.view_as(operand) for operand in operands]
-    inputs = [rebuild(output, *operands), *views]
-    inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-    outputs = function(*inputs)
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
-    wanted = [t for t in inputs if t is not None]
-    outs, seeds = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
-    return tuple(None if t is None else next(found) for t in inputs)
+    views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+    outputs = function(*views)
+    outs, seeds = zip(*((out, g) for out, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
+    return torch.autograd.grad(outs, views, seeds, create_graph=True, allow_unused=True)
 
 
 def call(op: Callable[..., Any], needs_grad: bool, *args: Any) -> Any:

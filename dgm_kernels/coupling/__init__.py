@@ -153,8 +153,7 @@ def rational_quadratic_spline(
 
     The inverse solves the quadratic with its discriminant written as ``r^2 + 4 s^2 theta (1 - theta)``, with
     theta = (y - y_k) / h and r = d0 (1 - theta) - d1 theta, which rounding cannot make negative. float64 is computed in
-    float64; 16-bit tensors in float32. Differentiable to any order; saves its output in place of ``x``, and the three
-    parameters.
+    float64; 16-bit tensors in float32. Differentiable to any order; saves ``x`` and the three parameters.
 
     Args:
         x: ``[batch, ...]``; with ``inverse`` the y.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = Fals
     check_channels("shift", shift, x)
     check_channels("log_scale", log_scale, x)
     work = work_dtype(x, shift, log_scale)
+    shift, log_scale = (t.to(torch.promote_types(t.dtype, x.dtype)) for t in (shift, log_scale))
     plain = (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
@@ -71,7 +73,7 @@ class _ActNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, shift, log_scale = ctx.saved_tensors
         dims = (0, *range(2, y.dim()))
         scaled = grad * _channels_last_view(torch.exp(-log_scale if ctx.inverse else log_scale), y)
@@ -118,6 +120,8 @@ def triangular_linear(
     _check_matrix("weight", weight, (x.shape[1], x.shape[1]), x)
     if bias is not None:
         _check_matrix("bias", bias, (x.shape[1],), x)
+    if not isinstance(negative_slope, (int, float)):
+        raise TypeError(f"negative_slope must be a number, got {type(negative_slope).__name__}")
     if not 0 < negative_slope < math.inf:
         raise ValueError(f"negative_slope must be positive (a slope of 0 is not injective), got {negative_slope!r}")
     diagonal = weight.diagonal()
@@ -129,16 +133,19 @@ def triangular_linear(
     work = work_dtype(x, weight)
     triangle = weight.tril() if lower else weight.triu()
     total = diagonal.to(work).abs().log().sum()
-    if not inverse:
-        y = F.linear(x, triangle, bias)
-        negative = (y < 0).sum(1) * math.log(negative_slope)
-        y = y if negative_slope == 1 else F.leaky_relu(y, negative_slope)
-        return y, (total + negative).to(work)
-    negative = (x < 0).sum(1) * math.log(negative_slope)
-    h = x.to(work) if negative_slope == 1 else F.leaky_relu(x.to(work), 1 / negative_slope)
-    h = h if bias is None else h - bias.to(work)
-    solved = torch.linalg.solve_triangular(triangle.to(work).T, h, upper=lower, left=False)
-    return solved.to(x.dtype), (-total - negative).to(work)
+    if inverse:
+        h = x.to(work) if negative_slope == 1 else F.leaky_relu(x.to(work), 1 / negative_slope)
+        h = h if bias is None else h - bias.to(work)
+        y = torch.linalg.solve_triangular(triangle.to(work).T, h, upper=lower, left=False).to(x.dtype)
+        return y, -total - _log_slopes(x, negative_slope, work)
+    h = F.linear(x, triangle.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = h if negative_slope == 1 else F.leaky_relu(h, negative_slope)
+    return y, total + _log_slopes(h, negative_slope, work)
+
+
+def _log_slopes(x: Tensor, negative_slope: float, dtype: torch.dtype) -> Tensor:
+    """Of the leaky ReLU, summed up over every sample."""
+    return (x < 0).sum(1).to(dtype) * math.log(negative_slope)
 
 
 def invertible_conv1x1(
@@ -192,9 +199,10 @@ def invertible_conv1x1(
     up = upper.to(work).triu(1) + torch.diag(sign.to(work) * torch.exp(log_abs_diagonal.to(work)))
     if inverse:
         matrix = torch.linalg.solve_triangular(low, unit, upper=False, unitriangular=True)
-        matrix = torch.linalg.solve_triangular(up, matrix, upper=True)[:, permutation.argsort()]
+        matrix = torch.linalg.solve_triangular(up, matrix, upper=True)[:, permutation]
     else:
-        matrix = (low @ up)[permutation]
+        with _no_autocast(x.device):
+            matrix = (low @ up)[permutation]
     total = log_abs_diagonal.to(work).sum() * (math.prod(x.shape[2:]) * (-1 if inverse else 1))
     return _mix(x, matrix), total.expand(x.shape[0])
 
@@ -221,16 +229,16 @@ def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[T
     check_batch("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [batch, channels, ...], got {tuple(x.shape)}")
-    if not isinstance(vectors, Tensor) or vectors.dim() != 2:
-        raise ValueError(f"vectors must be a tensor of shape [k, {x.shape[1]}], got {vectors!r:.60}")
-    _check_matrix("vectors", vectors, (vectors.shape[0], x.shape[1]), x)
+    shape = (*getattr(vectors, "shape", ())[:1], x.shape[1])
+    _check_matrix("vectors", vectors, shape, x)
     work = work_dtype(x, vectors)
     squares = vectors.to(work).square().sum(1)
-    if check_values_known(vectors) and not (squares > 0).all():
-        raise ValueError("vectors must not have length 0 (or NaN)")
+    if check_values_known(vectors) and not ((squares > 0) & squares.isfinite()).all():
+        raise ValueError("vectors must be finite and not have length 0")
     matrix = torch.eye(x.shape[1], dtype=work, device=x.device)
-    for v, square in zip(vectors.to(work), squares, strict=True):
-        matrix = matrix - torch.outer(v * (2 / square), v @ matrix)
+    with _no_autocast(x.device):
+        for v, square in zip(vectors.to(work), squares, strict=True):
+            matrix = matrix - torch.outer(v * (2 / square), v @ matrix)
     return _mix(x, matrix.T if inverse else matrix), x.new_zeros(x.shape[0], dtype=work)
 
 
@@ -259,9 +267,17 @@ def permute_channels(x: Tensor, permutation: Tensor, *, inverse: bool = False) -
 def _mix(x: Tensor, matrix: Tensor) -> Tensor:
     """The matrix applied to the channels of every pixel."""
     matrix = matrix.to(x.dtype)
-    if x.dim() == 4:
+    if x.dim() == 4 and x.numel():  # convolutions take no empty images
         return F.conv2d(x, matrix[:, :, None, None])
     return torch.matmul(matrix, x.flatten(2)).view(x.shape) if x.dim() > 2 else F.linear(x, matrix)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For the making of a matrix, which is then rounded once."""
+    known = torch.amp.is_autocast_available(device.type)  # not so for the meta device
+    if known and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _check_matrix(name: str, value: object, shape: tuple[int, ...], x: Tensor) -> None:

@@ -149,13 +149,12 @@ def _inverse_bin(
     s, up = h / w, 1 - theta
     r = d0 * up - d1 * theta
     root = torch.sqrt((r * r + 4 * s * s * theta * up).clamp(min=torch.finfo(y.dtype).tiny))
-    # xi = 2 s theta / (2 s theta + r + root) and 1 - xi = 2 s (1 - theta) / (2 s (1 - theta) + root - r): of r + root
-    # and root - r one is a sum of two positive numbers, and their product is 4 s^2 theta (1 - theta).
-    large = root + r.abs()
-    small = 4 * s * s * theta * up / large
-    plus, minus = torch.where(r >= 0, large, small), torch.where(r >= 0, small, large)
-    xi = torch.where(r >= 0, 2 * s * theta / (2 * s * theta + plus), minus / (minus + 2 * s * up))
-    rest = torch.where(r >= 0, plus / (2 * s * theta + plus), 2 * s * up / (minus + 2 * s * up))
+    # xi = 2 s theta / (2 s theta + root + r), 1 - xi = 2 s (1 - theta) / (2 s (1 - theta) + root - r): that of the two
+    # is taken in which the root and r have one sign, so that nothing cancels.
+    rising, large = r >= 0, root + r.abs()
+    part = 2 * s * torch.where(rising, theta, up)
+    share, other = part / (part + large), large / (part + large)
+    xi, rest = torch.where(rising, share, other), torch.where(rising, other, share)
     return x_k + w * xi, -_log_slope(xi, rest, s, d0, d1)
 
 

@@ -1,0 +1,285 @@
+// CPU loops of the affine coupling layer on runs of float32 elements, and the chunks of rows that are made into runs.
+#pragma once
+
+#include <type_traits>
+
+#include "coupling/math.h"
+
+namespace dgm::coupling {
+namespace DGM_ISA_NAMESPACE {
+namespace {
+
+// ---- Runs: contiguous elements, whatever sample they belong to
+
+// How a vector of a run is read and written: as it is, or, at the end, as far as there are elements.
+struct Full {
+  DGM_INLINE_METHOD F32 load(const float* from) const { return ::dgm::DGM_ISA_NAMESPACE::load(from); }
+  DGM_INLINE_METHOD I32 fixed(const uint8_t* from) const {
+    return __builtin_convertvector(load_unaligned<U8>(from) != 0, I32);
+  }
+  DGM_INLINE_METHOD void store(float* to, F32 value) const { ::dgm::DGM_ISA_NAMESPACE::store(to, value); }
+};
+
+struct Some {
+  int64_t count;
+  DGM_INLINE_METHOD F32 load(const float* from) const {
+    alignas(64) float buffer[kWidth] = {};
+    std::memcpy(buffer, from, count * sizeof(float));
+    return ::dgm::DGM_ISA_NAMESPACE::load(buffer);
+  }
+  DGM_INLINE_METHOD I32 fixed(const uint8_t* from) const {
+    uint8_t buffer[kWidth] = {};
+    std::memcpy(buffer, from, count);
+    return Full{}.fixed(buffer);
+  }
+  DGM_INLINE_METHOD void store(float* to, F32 value) const { std::memcpy(to, &value, count * sizeof(float)); }
+};
+
+template <class Vector>
+DGM_INLINE void for_each_vector(int64_t count, const Vector& vector) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) vector(i, Full{});
+  if (i < count) vector(i, Some{count - i});
+}
+
+// `fixed` is null where all elements are transformed; `logs` takes the logarithms of the scales.
+struct Run {
+  const float *x, *shift, *raw;
+  const uint8_t* fixed;
+  float *y, *logs;
+};
+
+template <ScaleMap kMap, bool kInverse, bool kMasked>
+DGM_NOINLINE void affine_run(const Run r, int64_t count) {
+  for_each_vector(count, [&](int64_t i, auto access) {
+    const F32 x = access.load(r.x + i), shift = access.load(r.shift + i);
+    const LogScale<F32> scale = log_scale<kMap, kInverse>(access.load(r.raw + i));
+    F32 y = kInverse ? (x - shift) * scale.factor : x * scale.factor + shift, s = scale.s;
+    if constexpr (kMasked) {
+      const I32 fixed = access.fixed(r.fixed + i);
+      y = fixed ? x : y;
+      s = fixed ? F32{} : s;
+    }
+    access.store(r.y + i, y);
+    access.store(r.logs + i, s);
+  });
+}
+
+DGM_NOINLINE void additive_run(const Run r, int64_t count, bool inverse) {
+  const float sign = inverse ? -1.0f : 1.0f;
+  for_each_vector(count, [&](int64_t i, auto access) {
+    const F32 x = access.load(r.x + i), y = x + sign * access.load(r.shift + i);
+    access.store(r.y + i, r.fixed ? (access.fixed(r.fixed + i) ? x : y) : y);
+  });
+}
+
+struct BackwardRun {
+  const float *grad, *grad_logdet, *output, *shift, *raw;  // grad_logdet: that of the element's sample
+  const uint8_t* fixed;
+  float *grad_x, *grad_shift, *grad_raw;  // grad_shift may be null
+};
+
+template <ScaleMap kMap, bool kInverse, bool kMasked>
+DGM_NOINLINE void affine_backward_run(const BackwardRun r, int64_t count) {
+  for_each_vector(count, [&](int64_t i, auto access) {
+    const F32 grad = access.load(r.grad + i), output = access.load(r.output + i), raw = access.load(r.raw + i);
+    const F32 grad_logdet = access.load(r.grad_logdet + i);
+    const LogScale<F32> scale = log_scale<kMap, kInverse>(raw);
+    F32 to_x = grad * scale.factor, to_shift = kInverse ? -to_x : grad;
+    F32 to_s = kInverse ? -(grad * output + grad_logdet) : grad * (output - access.load(r.shift + i)) + grad_logdet;
+    F32 to_raw = to_s * log_scale_slope<kMap>(raw, scale.s);
+    if constexpr (kMasked) {
+      const I32 fixed = access.fixed(r.fixed + i);
+      to_x = fixed ? grad : to_x;
+      to_shift = fixed ? F32{} : to_shift;
+      to_raw = fixed ? F32{} : to_raw;
+    }
+    access.store(r.grad_x + i, to_x);
+    if (r.grad_shift) access.store(r.grad_shift + i, to_shift);
+    access.store(r.grad_raw + i, to_raw);
+  });
+}
+
+// The sum of log N(z; 0, 1), or of the standard logistic log-density.
+DGM_NOINLINE double base_log_density(const float* z, int64_t count, bool logistic) {
+  constexpr float kLogRootTwoPi = 0.918938533204672741780329736406f;
+  const auto density = [&](F32 z) {
+    if (!logistic) return z * z * -0.5f - kLogRootTwoPi;
+    const F32 magnitude = absolute(z);
+    return -magnitude - 2.0f * logarithm1p(exponential(-magnitude));
+  };
+  Sum total;
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+    total.add((density(load(z + i)) + density(load(z + i + kWidth))) +
+              (density(load(z + i + 2 * kWidth)) + density(load(z + i + 3 * kWidth))));
+  for (; i < count; i += kWidth) {
+    const int64_t left = count - i;
+    total.add(keep_first(left, density(left < kWidth ? Some{left}.load(z + i) : load(z + i))));
+  }
+  return total.value();
+}
+
+DGM_INLINE double total(const float* x, int64_t count) {
+  Sum sum;
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+    sum.add((load(x + i) + load(x + i + kWidth)) + (load(x + i + 2 * kWidth) + load(x + i + 3 * kWidth)));
+  for (; i + kWidth <= count; i += kWidth) sum.add(load(x + i));
+  double result = sum.value();
+  for (; i < count; ++i) result += static_cast<double>(x[i]);
+  return result;
+}
+
+DGM_INLINE void fill(float* to, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// ---- From the settings of a call to the code for them
+
+template <class Call>
+DGM_INLINE void with_map(ScaleMap map, const Call& call) {
+  switch (map) {
+    case ScaleMap::Tanh:
+      return call(std::integral_constant<ScaleMap, ScaleMap::Tanh>{});
+    case ScaleMap::Sigmoid:
+      return call(std::integral_constant<ScaleMap, ScaleMap::Sigmoid>{});
+    case ScaleMap::Softclip:
+      return call(std::integral_constant<ScaleMap, ScaleMap::Softclip>{});
+    default:
+      return call(std::integral_constant<ScaleMap, ScaleMap::Exp>{});
+  }
+}
+
+template <class Call>
+DGM_INLINE void with_flag(bool flag, const Call& call) {
+  if (flag)
+    call(std::true_type{});
+  else
+    call(std::false_type{});
+}
+
+void run(const AffineArgs& a, const Run& r, int64_t count) {
+  if (!r.raw) return additive_run(r, count, a.inverse);
+  with_map(a.map, [&](auto map) {
+    with_flag(a.inverse, [&](auto inverse) {
+      with_flag(r.fixed, [&](auto masked) { affine_run<map(), inverse(), masked()>(r, count); });
+    });
+  });
+}
+
+void run(const AffineArgs& a, const BackwardRun& r, int64_t count) {
+  with_map(a.map, [&](auto map) {
+    with_flag(a.inverse, [&](auto inverse) {
+      with_flag(r.fixed, [&](auto masked) { affine_backward_run<map(), inverse(), masked()>(r, count); });
+    });
+  });
+}
+
+// ---- Chunks of at most kChunk elements: elements [first, first + count) of each of `rows` samples
+
+struct Chunk {
+  int64_t row, rows, first, count;
+  int64_t size() const { return rows * count; }
+};
+
+constexpr int64_t kChunk = 1024;
+
+DGM_INLINE bool in_place(DType dtype, int64_t stride, const Chunk& c) {
+  return dtype == DType::Float32 && (c.rows == 1 || stride == c.count);
+}
+
+// The elements of a chunk as floats: where they are, or a copy. `offset` is where the tensor's rows begin in a sample.
+class ChunkReader {
+ public:
+  const float* read(const RowsIn& rows, const Chunk& c, int64_t offset = 0) {
+    if (!rows.data) return nullptr;
+    const int size = element_size(rows.dtype);
+    const char* from = static_cast<const char*>(rows.data) + (c.row * rows.stride + c.first - offset) * size;
+    if (in_place(rows.dtype, rows.stride, c)) return reinterpret_cast<const float*>(from);
+    for (int64_t i = 0; i < c.rows; ++i)
+      convert_to_floats(from + i * rows.stride * size, rows.dtype, c.count, buffer_ + i * c.count);
+    return buffer_;
+  }
+
+ private:
+  alignas(64) float buffer_[kChunk + kWidth];  // a row is written in whole vectors: the next one covers what is behind
+};
+
+class ChunkWriter {
+ public:
+  float* open(const RowsOut& rows, const Chunk& c, int64_t offset = 0) {
+    if (!rows.data) return nullptr;
+    rows_ = rows, chunk_ = c;
+    to_ = static_cast<char*>(rows.data) + (c.row * rows.stride + c.first - offset) * element_size(rows.dtype);
+    return in_place(rows.dtype, rows.stride, c) ? reinterpret_cast<float*>(to_) : buffer_;
+  }
+
+  void close() const {
+    if (!to_ || in_place(rows_.dtype, rows_.stride, chunk_)) return;
+    for (int64_t i = 0; i < chunk_.rows; ++i)
+      convert_from_floats(buffer_ + i * chunk_.count, chunk_.count, rows_.dtype,
+                          to_ + i * rows_.stride * element_size(rows_.dtype));
+  }
+
+ private:
+  alignas(64) float buffer_[kChunk + kWidth];
+  RowsOut rows_;
+  Chunk chunk_ = {};
+  char* to_ = nullptr;
+};
+
+// The mask of a chunk.
+class MaskReader {
+ public:
+  const uint8_t* read(const Region& region, const Chunk& c) {
+    if (!region.fixed) return nullptr;
+    const int64_t place = c.first % region.fixed_period;
+    if (c.rows == 1 && place + c.count <= region.fixed_period)
+      return region.fixed + c.row * region.fixed_stride + place;
+    for (int64_t i = 0; i < c.rows; ++i) {
+      const uint8_t* from = region.fixed + (c.row + i) * region.fixed_stride;
+      for (int64_t e = 0; e < c.count; ++e) buffer_[i * c.count + e] = from[(c.first + e) % region.fixed_period];
+    }
+    return buffer_;
+  }
+
+ private:
+  uint8_t buffer_[kChunk];
+};
+
+// Calls body(chunk) for [begin, end) of every one of the rows.
+template <class Body>
+DGM_INLINE void for_each_chunk(int64_t row, int64_t rows, int64_t begin, int64_t end, const Body& body) {
+  if (begin >= end) return;
+  if (rows > 1) return body(Chunk{row, rows, begin, end - begin});
+  for (; begin < end; begin += kChunk) body(Chunk{row, 1, begin, end - begin < kChunk ? end - begin : kChunk});
+}
+
+// Copies what is outside [start, stop).
+DGM_INLINE void copy_chunk(const RowsIn& from, const RowsOut& to, const Chunk& c, ChunkReader& reader,
+                           ChunkWriter& writer) {
+  const float* x = reader.read(from, c);
+  std::memcpy(writer.open(to, c), x, c.size() * sizeof(float));
+  writer.close();
+}
+
+// What a unit stands for: a part of a sample; or, where samples are short, several of them, whole.
+struct Piece {
+  int64_t row, rows, first, begin, end, last;  // of the elements [first, last) those in [begin, end) are transformed
+
+  Piece(const AffineArgs& a, int64_t unit, int64_t stop) {
+    const auto clip = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+    const int64_t together = a.elements ? kChunk / a.elements : 1;
+    row = unit / a.parts;
+    rows = together > 1 ? (together < stop - unit ? together : stop - unit) : 1;
+    first = unit % a.parts * kPartElements;
+    last = clip(first + kPartElements, 0, a.elements);
+    begin = clip(a.region.start, first, last);
+    end = clip(a.region.stop, begin, last);
+  }
+};
+
+}  // namespace
+}  // namespace DGM_ISA_NAMESPACE
+}  // namespace dgm::coupling

@@ -1,0 +1,110 @@
+// CPU loops of the coupling op; built once per instruction set, without torch headers.
+#include "coupling/cpu.h"
+
+#include <type_traits>
+
+#include "coupling/affine.h"
+#include "coupling/made.h"
+#include "coupling/spline.h"
+
+namespace dgm::coupling {
+namespace DGM_ISA_NAMESPACE {
+
+void affine(const AffineArgs& a, int64_t begin, int64_t end) {
+  ChunkReader x, shift, raw;
+  ChunkWriter y;
+  MaskReader mask;
+  alignas(64) float logs[kChunk];
+  const auto copy = [&](const Chunk& c) { copy_chunk(a.x, a.y, c, x, y); };
+  for (int64_t unit = begin; unit < end;) {
+    const Piece p(a, unit, end);
+    for (int64_t i = 0; i < p.rows; ++i) a.partials[unit + i] = 0.0;
+    for_each_chunk(p.row, p.rows, p.first, p.begin, copy);
+    for_each_chunk(p.row, p.rows, p.begin, p.end, [&](const Chunk& c) {
+      const int64_t start = a.region.start;
+      const Run r = {x.read(a.x, c),          shift.read(a.shift, c, start), raw.read(a.log_scale, c, start),
+                     mask.read(a.region, c), y.open(a.y, c),                logs};
+      run(a, r, c.size());
+      y.close();
+      if (r.raw)
+        for (int64_t i = 0; i < c.rows; ++i) a.partials[unit + i] += total(logs + i * c.count, c.count);
+    });
+    for_each_chunk(p.row, p.rows, p.end, p.last, copy);
+    unit += p.rows;
+  }
+}
+
+void affine_backward(const AffineArgs& a, int64_t begin, int64_t end) {
+  ChunkReader grad, output, shift, raw;
+  ChunkWriter to_x, to_shift, to_raw;
+  MaskReader mask;
+  alignas(64) float grad_logdet[kChunk] = {};
+  const auto copy = [&](const Chunk& c) { copy_chunk(a.grad, a.grad_x, c, grad, to_x); };
+  for (int64_t unit = begin; unit < end;) {
+    const Piece p(a, unit, end);
+    for_each_chunk(p.row, p.rows, p.first, p.begin, copy);
+    for_each_chunk(p.row, p.rows, p.begin, p.end, [&](const Chunk& c) {
+      if (a.grad_logdet)
+        for (int64_t i = 0; i < c.rows; ++i) fill(grad_logdet + i * c.count, c.count, a.grad_logdet[c.row + i]);
+      const int64_t start = a.region.start;
+      const BackwardRun r = {grad.read(a.grad, c),
+                             grad_logdet,
+                             output.read(a.x, c),
+                             shift.read(a.shift, c, start),
+                             raw.read(a.log_scale, c, start),
+                             mask.read(a.region, c),
+                             to_x.open(a.grad_x, c),
+                             to_shift.open(a.grad_shift, c, start),
+                             to_raw.open(a.grad_log_scale, c, start)};
+      run(a, r, c.size());
+      to_x.close(), to_shift.close(), to_raw.close();
+    });
+    for_each_chunk(p.row, p.rows, p.end, p.last, copy);
+    unit += p.rows;
+  }
+}
+
+int64_t spline_width() { return kWidth; }
+
+void spline(const SplineArgs& a, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) spline_block(a, block * kWidth);
+}
+
+void finish_spline(const SplineArgs& a, int64_t begin, int64_t end) {
+  for (int64_t sample = begin; sample < end; ++sample)
+    a.logdet[sample] = static_cast<float>(total(a.log_slopes + sample * a.elements, a.elements));
+}
+
+void spline_backward(const SplineArgs& a, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) spline_backward_block(a, block * kWidth);
+}
+
+void log_prob(const LogProbArgs& a, int64_t begin, int64_t end) {
+  ChunkReader reader;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % a.parts * kPartElements;
+    const int64_t last = first + kPartElements < a.elements ? first + kPartElements : a.elements;
+    a.partials[unit] = 0.0;
+    for_each_chunk(unit / a.parts, 1, first, last, [&](const Chunk& c) {
+      a.partials[unit] += base_log_density(reader.read(a.z, c), c.count, a.logistic);
+    });
+  }
+}
+
+int64_t made_width() { return kTile * kWidth; }
+
+void made_inverse(const MadeArgs& a, int64_t begin, int64_t end) {
+  float* rows = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * a.rows * kTile * kWidth));
+  if (!rows) __builtin_trap();  // some hundred kilobytes
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTile * kWidth, left = a.batch - first;
+    if (left > kWidth)
+      invert_tile<kTile>(a, first, left < kTile * kWidth ? left : kTile * kWidth, rows);
+    else
+      invert_tile<1>(a, first, left, rows);
+  }
+  std::free(rows);
+}
+
+}  // namespace DGM_ISA_NAMESPACE
+}  // namespace dgm::coupling
