@@ -177,7 +177,7 @@ RowsIn parameter_rows(const char* name, const at::Tensor& tensor, const at::Tens
                       tensor.strides());
     expected = tensor.stride(dim) * tensor.size(dim);
   }
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.stride(-1) == 1, name, " must have contiguous rows, got strides ",
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || length == 1 || tensor.stride(-1) == 1, name, " must have contiguous rows, got strides ",
                     tensor.strides());
   return {tensor.const_data_ptr(), dtype_of(name, tensor), stride};
 }

@@ -217,8 +217,9 @@ DGM_INLINE void transform(const SplineArgs& a, const Parameters& p, F32 u, F32& 
   const Place<F32> place = kInverse ? place_of_y(bin, u) : place_of_x(bin, u);
   const F32 nan = broadcast_float(__builtin_nanf(""));
   const F32 inner = log_slope(bin, place);
-  result = inside ? (kInverse ? bin.x_k + bin.w * place.xi : y_at(bin, place)) : (a.tails ? u : nan);
-  slope = inside ? (kInverse ? -inner : inner) : (a.tails ? u - u : nan);  // 0, but NaN where u is NaN
+  const F32 moved = kInverse ? bin.x_k + bin.w * place.xi : y_at(bin, place);
+  result = inside ? at_most(at_least(moved, -a.bound), a.bound) : (a.tails ? u : nan);  // rounding must not leave it
+  slope = inside ? (kInverse ? -inner : inner) : (a.tails ? (u == u ? F32{} : u) : nan);
 }
 
 DGM_NOINLINE void spline_block(const SplineArgs& a, int64_t first) {

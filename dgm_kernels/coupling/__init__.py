@@ -182,7 +182,8 @@ def rational_quadratic_spline(
         check_domain(x, bound)
     given = (x, widths, heights, derivatives)
     dtype = _result_dtype(*given)
-    backend = select(x.device, given, natives=op.BACKENDS)
+    refusal = f"a spline of more than {op.MAX_BINS} bins" if widths.shape[-1] > op.MAX_BINS else None
+    backend = select(x.device, given, refusal, natives=op.BACKENDS)
     if backend == "reference":
         return reference.rational_quadratic_spline(*given, bound, tails is not None, mins, inverse, dtype)
     return ops.call(
@@ -238,6 +239,8 @@ def _log_prob(z: Tensor, logdet: Tensor | Sequence[Tensor] | None, logistic: boo
 
 
 def _total(logdet: Tensor | Sequence[Tensor] | None, z: Tensor) -> Tensor | None:
+    if logdet is not None and not isinstance(logdet, (Tensor, Sequence)):
+        raise TypeError(f"logdet must be a tensor or tensors, got {type(logdet).__name__}")
     terms = [] if logdet is None else [logdet] if isinstance(logdet, Tensor) else list(logdet)
     for term in terms:
         if not isinstance(term, Tensor):

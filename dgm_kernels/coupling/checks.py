@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.checks import as_int, check_batch, check_device, check_float
-from .reference import SCALE_MAPS
+from .reference import SCALE_MAPS, work_dtype
 
 
 def check_same(name: str, value: object, shape: Sequence[int], x: Tensor, what: str) -> None:
@@ -34,6 +34,9 @@ def check_spline_settings(bins: int, bound: float, mins: tuple[float, float, flo
         raise ValueError(f"widths must hold at least 2 bins in its last dimension, got {bins}")
     if not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
         raise ValueError(f"bound must be a positive number, got {bound!r}")
+    for name, value in zip(("min_bin_width", "min_bin_height", "min_derivative"), mins, strict=True):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     for name, value in zip(("min_bin_width", "min_bin_height"), mins, strict=False):
         if not 0 < value * bins < 1:
             raise ValueError(
@@ -76,9 +79,10 @@ def check_domain(x: Tensor, bound: float) -> None:
         return
     if torch._C._functorch.maybe_current_level() is not None or type(x) is not Tensor:
         return
-    outside = (x.detach().abs() > bound).sum()
+    magnitude = x.detach().to(work_dtype(x)).abs()
+    outside = (magnitude > bound).sum()
     if outside:
-        worst = x.detach().abs().nan_to_num(0.0).max()
+        worst = magnitude.nan_to_num(0.0).max()
         raise ValueError(
             f"x must be in [-{bound:g}, {bound:g}] without tails, got {int(outside)} values outside, up to {worst:g}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,7 +30,7 @@ def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = Fals
         inverse: computes x from y.
 
     Returns:
-        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+        y like ``x`` (dtype: PyTorch's promotion of the three), and logdet ``[batch]`` in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
@@ -40,34 +41,34 @@ def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = Fals
     check_channels("shift", shift, x)
     check_channels("log_scale", log_scale, x)
     work = work_dtype(x, shift, log_scale)
-    shift, log_scale = (t.to(torch.promote_types(t.dtype, x.dtype)) for t in (shift, log_scale))
+    dtype = _promoted(x, shift, log_scale)
     plain = (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
-    y = _per_channel(x, shift, log_scale, inverse) if plain else _ActNorm.apply(x, shift, log_scale, inverse)
+    wide = shift.to(work), log_scale.to(work)  # x exp(log_scale) + shift is rounded to 16 bits once
+    y = (_per_channel if plain else _ActNorm.apply)(x, *wide, inverse, dtype)
     pixels = math.prod(x.shape[2:])
     total = log_scale.to(work).sum() * (-pixels if inverse else pixels)
     return y, total.expand(x.shape[0])
 
 
-def _channels_last_view(parameter: Tensor, x: Tensor) -> Tensor:
+def _per_pixel(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.view(-1, *[1] * (x.dim() - 2))
 
 
-def _per_channel(x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
-    scale = torch.exp(-log_scale if inverse else log_scale)
-    start = -shift * scale if inverse else shift
-    return torch.addcmul(_channels_last_view(start, x), x, _channels_last_view(scale, x)).to(x.dtype)
+def _per_channel(x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
+    scale, shift = (_per_pixel(t, x) for t in (torch.exp(-log_scale if inverse else log_scale), shift))
+    return ((x - shift) * scale if inverse else torch.addcmul(shift, x, scale)).to(dtype)
 
 
 class _ActNorm(torch.autograd.Function):
     """One pass forward; saves the output, from which x exp(log_scale) = y - shift."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
-        y = _per_channel(x, shift, log_scale, inverse)
+    def forward(ctx: Any, x: Tensor, shift: Tensor, log_scale: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
+        y = _per_channel(x, shift, log_scale, inverse, dtype)
         ctx.save_for_backward(y, shift, log_scale)
         ctx.inverse, ctx.dtype = inverse, x.dtype
         return y
@@ -76,12 +77,13 @@ class _ActNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, shift, log_scale = ctx.saved_tensors
         dims = (0, *range(2, y.dim()))
-        scaled = grad * _channels_last_view(torch.exp(-log_scale if ctx.inverse else log_scale), y)
+        scaled = grad * _per_pixel(torch.exp(-log_scale if ctx.inverse else log_scale), y)
         if ctx.inverse:
-            to_shift, to_scale = -scaled.sum(dims), -(grad * y).sum(dims)
+            to_shift, to_scale = -scaled.sum(dims), -(grad * y).sum(dims, dtype=shift.dtype)
         else:
-            to_shift, to_scale = grad.sum(dims), (grad * (y - _channels_last_view(shift, y))).sum(dims)
-        return scaled.to(ctx.dtype), to_shift.to(shift.dtype), to_scale.to(log_scale.dtype), None
+            to_shift = grad.sum(dims, dtype=shift.dtype)
+            to_scale = (grad * (y - _per_pixel(shift, y))).sum(dims)
+        return scaled.to(ctx.dtype), to_shift, to_scale, None, None
 
 
 def triangular_linear(
@@ -108,7 +110,7 @@ def triangular_linear(
         inverse: computes x from y.
 
     Returns:
-        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+        y like ``x`` (dtype: PyTorch's promotion), and logdet ``[batch]`` in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a diagonal with a zero or
@@ -130,15 +132,16 @@ def triangular_linear(
         if bad.any():
             i = int(bad.nonzero()[0])
             raise ValueError(f"weight must have a finite, non-zero diagonal, got {float(diagonal[i])} at {i}")
-    work = work_dtype(x, weight)
+    work = work_dtype(x, weight, bias)
+    dtype = _promoted(x, weight) if bias is None else _promoted(x, weight, bias)
     triangle = weight.tril() if lower else weight.triu()
     total = diagonal.to(work).abs().log().sum()
     if inverse:
         h = x.to(work) if negative_slope == 1 else F.leaky_relu(x.to(work), 1 / negative_slope)
         h = h if bias is None else h - bias.to(work)
-        y = torch.linalg.solve_triangular(triangle.to(work).T, h, upper=lower, left=False).to(x.dtype)
+        y = torch.linalg.solve_triangular(triangle.to(work).T, h, upper=lower, left=False).to(dtype)
         return y, -total - _log_slopes(x, negative_slope, work)
-    h = F.linear(x, triangle.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    h = F.linear(x.to(dtype), triangle.to(dtype), None if bias is None else bias.to(dtype))
     y = h if negative_slope == 1 else F.leaky_relu(h, negative_slope)
     return y, total + _log_slopes(h, negative_slope, work)
 
@@ -174,7 +177,7 @@ def invertible_conv1x1(
         inverse: computes x from y.
 
     Returns:
-        y like ``x``, and logdet ``[batch]`` in float32 (float64 for float64).
+        y like ``x`` (dtype: PyTorch's promotion), and logdet ``[batch]`` in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a non-finite
@@ -204,7 +207,7 @@ def invertible_conv1x1(
         with _no_autocast(x.device):
             matrix = (low @ up)[permutation]
     total = log_abs_diagonal.to(work).sum() * (math.prod(x.shape[2:]) * (-1 if inverse else 1))
-    return _mix(x, matrix), total.expand(x.shape[0])
+    return _mix(x, matrix, _promoted(x, lower, upper, log_abs_diagonal)), total.expand(x.shape[0])
 
 
 def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -218,7 +221,7 @@ def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[T
         inverse: computes x from y.
 
     Returns:
-        y like ``x``, and logdet ``[batch]``, zeros in float32 (float64 for float64).
+        y like ``x`` (dtype: PyTorch's promotion), and logdet ``[batch]``, zeros in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value, such as a vector of length 0
@@ -239,7 +242,8 @@ def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[T
     with _no_autocast(x.device):
         for v, square in zip(vectors.to(work), squares, strict=True):
             matrix = matrix - torch.outer(v * (2 / square), v @ matrix)
-    return _mix(x, matrix.T if inverse else matrix), x.new_zeros(x.shape[0], dtype=work)
+    matrix = matrix.T if inverse else matrix
+    return _mix(x, matrix, _promoted(x, vectors)), x.new_zeros(x.shape[0], dtype=work)
 
 
 def permute_channels(x: Tensor, permutation: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -264,9 +268,13 @@ def permute_channels(x: Tensor, permutation: Tensor, *, inverse: bool = False) -
     return x.index_select(1, order), x.new_zeros(x.shape[0], dtype=work_dtype(x))
 
 
-def _mix(x: Tensor, matrix: Tensor) -> Tensor:
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _mix(x: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix applied to the channels of every pixel."""
-    matrix = matrix.to(x.dtype)
+    x, matrix = x.to(dtype), matrix.to(dtype)
     if x.dim() == 4 and x.numel():  # convolutions take no empty images
         return F.conv2d(x, matrix[:, :, None, None])
     return torch.matmul(matrix, x.flatten(2)).view(x.shape) if x.dim() > 2 else F.linear(x, matrix)

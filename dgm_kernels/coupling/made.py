@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .checks import check_count, check_same, check_scale_map, check_spline_setti
 from .reference import SCALE_MAPS, work_dtype
 from .region import Region
 
-ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "elu": F.elu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "elu": F.elu, "silu": F.silu}
 
 
 def made_inverse(
@@ -73,6 +73,8 @@ def made_inverse(
     given = (z, *weights, *biases)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     refusal = "gradients of made_inverse are those of the reference" if grad else None
+    if bins > op.MAX_BINS:
+        refusal = f"a spline of more than {op.MAX_BINS} bins"
     backend = select(z.device, given, refusal, natives=("cpp",))
     if backend == "reference":
         return _by_passes(z, weights, biases, degrees, activation, bins, scale_map, bound, mins)
@@ -115,11 +117,15 @@ def _check_layers(
     for name, values in (("biases", biases), ("degrees", degrees)):
         if len(values) != len(weights):
             raise ValueError(f"{name} must have one tensor for each of the {len(weights)} weights, got {len(values)}")
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weights[{i}] must be a tensor of two dimensions, got {found}")
     features = z.shape[1]
     for i, (weight, bias, degree) in enumerate(zip(weights, biases, degrees, strict=True)):
         _check_degrees(f"degrees[{i}]", degree, z, features if i == 0 else weights[i - 1].shape[0])
         last = i + 1 == len(weights)
-        rows = features * parameters if last else weight.shape[0] if weight.dim() == 2 else -1
+        rows = features * parameters if last else weight.shape[0]
         check_same(f"weights[{i}]", weight, (rows, degree.shape[0]), z, "this layer's outputs and inputs")
         check_same(f"biases[{i}]", bias, (rows,), z, "the rows of its weight")
     if check_values_known(degrees[0]) and degrees[0].sort().values.tolist() != list(range(1, features + 1)):
@@ -172,8 +178,8 @@ def _inverse_transform(
     """x and log dx/dz of every feature; each counts as a sample, so that the log-determinants stay apart."""
     flat = z.reshape(-1, 1)
     if bins:
-        raw = parameters.view(flat.shape[0], 1, 3 * bins - 1).split([bins, bins, bins - 1], dim=-1)
-        x, each = reference.rational_quadratic_spline(flat, *raw, bound, True, mins, True, z.dtype)
+        widths, heights, slopes = parameters.view(flat.shape[0], 1, -1).split([bins, bins, bins - 1], dim=-1)
+        x, each = reference.rational_quadratic_spline(flat, widths, heights, slopes, bound, True, mins, True, z.dtype)
     else:
         shift, log_scale = (half.reshape(-1, 1) for half in parameters.chunk(2, dim=1))
         x, each = reference.affine_coupling(flat, shift, log_scale, Region(), scale_map, True, z.dtype)

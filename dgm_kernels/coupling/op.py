@@ -14,6 +14,7 @@ from .region import flat_region
 
 _TRITON = "dgm_kernels.coupling.triton"
 BACKENDS = ("cpp", "triton")
+MAX_BINS = 64  # that the native kernels hold for an element
 _REGION = "Tensor? fixed, SymInt start, SymInt stop, int parity, SymInt width, SymInt plane"
 _SPLINE = "float bound, bool tails, float min_width, float min_height, float min_derivative, bool inverse"
 _REGION_ARGS = 6
@@ -98,7 +99,6 @@ def _differentiable_affine_backward(
 ) -> tuple[Tensor | None, ...]:
     output, shift, log_scale, fixed = ctx.saved_tensors
     region = flat_region(output, fixed, *ctx.region)
-
     name = SCALE_MAPS[ctx.scale_map]
 
     def affine(x: Tensor, shift: Tensor, raw: Tensor, inverse: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,9 @@ def _differentiable_affine_backward(
 
     x = affine(output, shift, log_scale, not ctx.inverse, ctx.x_dtype)[0]
     return ops.differentiable_vjp(
-        lambda *args: affine(*args, ctx.inverse, output.dtype), (x, shift, log_scale), (grad, grad_logdet)
+        lambda x, shift, raw: affine(x, shift, raw, ctx.inverse, output.dtype),
+        (x, shift, log_scale),
+        (grad, grad_logdet),
     )
 
 
@@ -182,8 +184,10 @@ def _differentiable_spline_backward(
 ) -> tuple[Tensor | None, ...]:
     bound, tails, *mins, inverse = ctx.settings
 
-    def spline(x: Tensor, *raw: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.rational_quadratic_spline(x, *raw, bound, tails, tuple(mins), inverse, ctx.dtype)
+    def spline(x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.rational_quadratic_spline(
+            x, widths, heights, derivatives, bound, tails, (mins[0], mins[1], mins[2]), inverse, ctx.dtype
+        )
 
     return ops.differentiable_vjp(spline, ctx.saved_tensors, (grad, grad_logdet))
 

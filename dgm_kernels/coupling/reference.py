@@ -128,14 +128,20 @@ def rational_quadratic_spline(
     log_slope = torch.where(inside, log_slope, torch.zeros_like(wide) if tails else outside)
     # A NaN is nowhere: it is not "outside", where a spline with tails would have slope 1.
     log_slope = torch.where(wide.isnan(), wide, log_slope)
+    y = _clamped(y, -bound, bound)  # rounding must not carry a value out of the domain
     return torch.where(inside, y, outside).to(dtype), sum_per_sample(log_slope)
+
+
+def _clamped(x: Tensor, low: float, high: float) -> Tensor:
+    """``x`` moved into the interval, with the gradient of ``x``: what is outside is there by rounding alone."""
+    return x + (x.clamp(low, high) - x).detach()
 
 
 def _forward_bin(
     x: Tensor, w: Tensor, h: Tensor, x_k: Tensor, y_k: Tensor, d0: Tensor, d1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Equation 4: y and log dy/dx from the bin's width, height, lower left corner and derivatives at its ends."""
-    xi = ((x - x_k) / w).clamp(0, 1)  # rounding of the knots could leave the bin
+    xi = _clamped((x - x_k) / w, 0.0, 1.0)  # rounding of the knots could leave the bin
     s, rest = h / w, 1 - xi
     y = y_k + h * xi * (s * xi + d0 * rest) / _denominator(s, d0, d1, xi * rest)
     return y, _log_slope(xi, rest, s, d0, d1)
@@ -145,7 +151,7 @@ def _inverse_bin(
     y: Tensor, w: Tensor, h: Tensor, x_k: Tensor, y_k: Tensor, d0: Tensor, d1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x and log dx/dy. The quadratic's discriminant is written as a sum of squares: it cannot become negative."""
-    theta = ((y - y_k) / h).clamp(0, 1)
+    theta = _clamped((y - y_k) / h, 0.0, 1.0)
     s, up = h / w, 1 - theta
     r = d0 * up - d1 * theta
     root = torch.sqrt((r * r + 4 * s * s * theta * up).clamp(min=torch.finfo(y.dtype).tiny))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,7 @@ class Region(NamedTuple):
 
     def op_args(self, x: Tensor) -> tuple[Tensor | None, int, int, int, int, int]:
         """The region as native ops take it: fixed, start and stop (elements of a sample), parity, row width, plane."""
-        sample = x[:1].numel() if x.shape[0] else 0
-        pixels = sample // x.shape[1] if x.dim() > 1 and x.shape[1] else 1
+        sample, pixels = math.prod(x.shape[1:]), math.prod(x.shape[2:])
         start, stop = (0, sample) if self.start is None or self.stop is None else (self.start, self.stop)
         if self.start is not None:
             start, stop = start * pixels, stop * pixels
@@ -56,13 +56,18 @@ class Region(NamedTuple):
 
 def _repeating(fixed: Tensor, x: Tensor) -> Tensor:
     """A mask as the native ops read it: contiguous, its elements those of the batch, or of the end of every sample."""
-    shape = list(fixed.shape)
-    while shape and shape[0] == 1:
-        shape.pop(0)
-    if len(shape) < x.dim() and shape == list(x.shape[x.dim() - len(shape) :]):
-        return fixed.reshape(-1)
-    expanded = fixed.expand(x.shape) if fixed.dim() == x.dim() and fixed.shape[0] != 1 else fixed.expand(x.shape[1:])
-    return expanded.reshape(-1)
+    per_sample = fixed.dim() == x.dim() and fixed.shape[0] != 1
+    sizes = fixed.shape[fixed.dim() - min(fixed.dim(), x.dim() - 1) :]
+    while sizes and sizes[0] == 1:
+        sizes = sizes[1:]
+    if not per_sample and sizes == x.shape[x.dim() - len(sizes) :]:
+        return fixed.reshape(-1).contiguous()
+    return (
+        (fixed if per_sample else fixed.view(sizes))
+        .expand(x.shape if per_sample else x.shape[1:])
+        .reshape(-1)
+        .contiguous()
+    )
 
 
 def resolve(mask: Tensor | str | None, x: Tensor) -> Region:
