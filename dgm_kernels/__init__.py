@@ -1,5 +1,6 @@
 """Fast, drop-in PyTorch ops for deep generative models."""
 
+from . import nn
 from ._core.backends import backends, use_backend
 from .coupling import (
     actnorm,
@@ -44,6 +45,7 @@ __all__ = [
     "invertible_conv1x1",
     "logistic_log_prob",
     "made_inverse",
+    "nn",
     "noise_like",
     "permute_channels",
     "rational_quadratic_spline",
