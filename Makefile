@@ -17,11 +17,13 @@ help:
 	@echo 'make format   rewrites the sources as make lint wants them'
 	@echo 'make clean    removes everything that make made'
 
-# PyTorch goes first: the extension is built against the one that is installed.
+# PyTorch goes first: the extension is built against the one that is installed. nflows goes without its dependencies:
+# it asks for TensorBoard, which it never imports.
 $(DEPS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch setuptools cmake ninja
 	DGM_NO_NATIVE=1 $(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt --no-build-isolation --no-deps nflows
 	touch $@
 
 # Always runs: ninja knows which native sources changed, and takes a second when none did.

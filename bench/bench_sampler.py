@@ -11,13 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.compare import Case, Contender, Setup, ours, variants
+from bench.compare import (
+    Bars,
+    Case,
+    Contender,
+    Setup,
+    bars_at_two_threads,
+    dtype_name,
+    ours,
+    size_name,
+    variants,
+)
 from dgm_kernels import NoiseKey, Schedule, add_noise, denoising_loss, noise_like, sampler_step, tables, use_backend
 from tests.cases import LARGE_SHAPE, SMALL_SHAPE
 
 SCHEDULE = Schedule.linear(1000)
 KEY = NoiseKey(1234)
-Bars = Callable[[Setup], Mapping[str, float]]
 NOISE_FLOPS = 6  # an element: 12 for a pair of Box-Muller, counting each function as one
 
 
@@ -68,11 +77,6 @@ def diffusers_scheduler(name: str, **settings: Any) -> tuple[Any, dict[str, str]
     return getattr(diffusers, name)(**settings), {}
 
 
-def bars_at_two_threads(setup: Setup, **bars: float) -> Mapping[str, float]:
-    """Bars that were set on two CPU threads bind there."""
-    return bars if setup.device.type == "cpu" and setup.threads == 2 else {}
-
-
 def ddpm(
     setup: Setup, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, bars: Bars = bars_at_two_threads
 ) -> Case:
@@ -98,7 +102,7 @@ def ddpm(
             contenders["diffusers"] = _diffusers_ancestral(scheduler, t)
     elements = torch.Size(shape).numel()
     return Case(
-        f"ddpm_step {_size(shape)} {_short(dtype)}",
+        f"ddpm_step {size_name(shape)} {dtype_name(dtype)}",
         make_inputs,
         contenders,
         lambda i: ancestral.step(i.x.double(), i.eps.double(), i.noise),
@@ -165,7 +169,7 @@ def ddim(setup: Setup, shape: tuple[int, ...], guided: bool = False, bars: Bars 
             )
     elements = torch.Size(shape).numel()
     return Case(
-        f"ddim_step{' guided' * guided} {_size(shape)} fp32",
+        f"ddim_step{' guided' * guided} {size_name(shape)} fp32",
         make_inputs,
         contenders,
         lambda i: plain(i.x.double(), i.eps.double(), i.uncond.double()),
@@ -243,7 +247,7 @@ def train_step(
             )
     elements = torch.Size(shape).numel()
     return Case(
-        f"train_step{' weighted' * (weighting is not None)} {_size(shape)} fp32",
+        f"train_step{' weighted' * (weighting is not None)} {size_name(shape)} fp32",
         make_inputs,
         contenders,
         reference,
@@ -267,7 +271,7 @@ def noise(setup: Setup, shape: tuple[int, ...]) -> Case:
     contenders["eager"] = Contender(lambda i: torch.randn_like(i.x), lambda i: box_muller(i.uniforms))
     elements = torch.Size(shape).numel()
     return Case(
-        f"noise_like {_size(shape)} fp32",
+        f"noise_like {size_name(shape)} fp32",
         make_inputs,
         contenders,
         lambda i: box_muller(i.uniforms.double()),
@@ -275,14 +279,6 @@ def noise(setup: Setup, shape: tuple[int, ...]) -> Case:
         flops=elements * NOISE_FLOPS,
         missing=missing,
     )
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def _latency_bar(setup: Setup) -> Mapping[str, float]:

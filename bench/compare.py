@@ -20,6 +20,7 @@ from bench.environment import seconds_of_others
 
 NATIVE_BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # the first is what "auto" takes
 UPPER_BOUNDS = ("us", "floor")  # bars on the time itself; every other bar is a least ratio to a baseline
+MEMORY = "memory"  # the bar on the ratio of eager's peak memory to ours
 BASELINE_SLACK = 8
 
 
@@ -58,7 +59,8 @@ class Case:
     The first contender is ours; "eager" must be among the others, since its error is the yardstick. A contender's
     family is the first word of its name ("compile graphs" counts as "compile"). `reference` returns float64 tensors.
     `bytes` and `flops` are the fewest that any implementation must move and do. `bars`: family -> least ratio of its
-    time to ours, "floor" -> greatest ratio of our time to the floor, "us" -> greatest time of a call in microseconds.
+    time to ours, "floor" -> greatest ratio of our time to the floor, "us" -> greatest time of a call in microseconds,
+    "memory" -> least ratio of eager's peak memory to ours.
     `missing` says why a contender is left out. `grad` runs the contenders with autograd enabled.
     """
 
@@ -86,6 +88,24 @@ class Case:
         return next(iter(self.contenders))
 
 
+Bars = Callable[[Setup], Mapping[str, float]]
+
+
+def bars_at_two_threads(setup: Setup, **bars: float) -> Mapping[str, float]:
+    """Bars that were set on two CPU threads bind there."""
+    return bars if setup.device.type == "cpu" and setup.threads == 2 else {}
+
+
+def size_name(shape: Sequence[int]) -> str:
+    """A shape as the names of cases have it."""
+    return "x".join(map(str, shape))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as the names of cases have it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
 def family(name: str) -> str:
     """First word of a contender's name: what a bar refers to."""
     return name.split()[0]
@@ -105,13 +125,22 @@ def variants(function: Callable[..., Any], setup: Setup) -> dict[str, Callable[.
     return {"eager": function} | {name: torch.compile(function, mode=mode) for name, mode in modes.items()}
 
 
-def ours(run: Callable[[Any], Any], setup: Setup) -> tuple[dict[str, Contender], dict[str, str]]:
-    """`run` on every native backend of the device (on `reference` where there is none), and why others are missing."""
-    state = {name: dgm_kernels.backends()[name] for name in NATIVE_BACKENDS[setup.device.type]}
+def ours(
+    run: Callable[[Any], Any],
+    setup: Setup,
+    natives: Sequence[str] | None = None,
+    check: Callable[[Any], Any] | None = None,
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """`run` on every native backend of the device (on `reference` where there is none), and why others are missing.
+
+    `natives` are the backends that the op has kernels for; None stands for all.
+    """
+    wanted = [name for name in NATIVE_BACKENDS[setup.device.type] if natives is None or name in natives]
+    state = {name: dgm_kernels.backends()[name] for name in wanted}
     missing = {f"dgm {name}": reason for name, reason in state.items() if not reason.startswith("available")}
     found = [name for name in state if f"dgm {name}" not in missing] or ["reference"]
     contexts = {name: functools.partial(dgm_kernels.use_backend, name) for name in found}
-    return {f"dgm {name}": Contender(run, context=context) for name, context in contexts.items()}, missing
+    return {f"dgm {name}": Contender(run, check, context) for name, context in contexts.items()}, missing
 
 
 def discover(only: str | None = None) -> Iterator[tuple[str, str, Callable[[Setup], Case]]]:
@@ -187,7 +216,9 @@ def check(case: Case, inputs: Any) -> tuple[dict[str, float], dict[str, str]]:
     return {name: max(found) for name, found in errors.items()}, unavailable
 
 
-def judge(case: Case, ours_us: float, over_floor: float, ratios: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+def judge(
+    case: Case, ours_us: float, over_floor: float, ratios: Mapping[str, float], saving: float | None = None
+) -> dict[str, dict[str, Any]]:
     """Every bar with what was measured; the fastest contender of a family counts, an unmeasured bar is not met."""
     judged = {}
     for bar, required in case.bars.items():
@@ -195,7 +226,8 @@ def judge(case: Case, ours_us: float, over_floor: float, ratios: Mapping[str, fl
             measured: float | None = ours_us if bar == "us" else over_floor
             met = measured is not None and measured <= required
         else:
-            measured = min((ratio for name, ratio in ratios.items() if family(name) == bar), default=None)
+            by_time = (ratio for name, ratio in ratios.items() if family(name) == bar)
+            measured = saving if bar == MEMORY else min(by_time, default=None)
             met = measured is not None and measured >= required
         judged[bar] = {"required": required, "measured": measured, "met": met}
     return judged
@@ -208,14 +240,16 @@ def summarize(
     copy_times: Sequence[float],
     copy_bytes: int,
     matmul_rate: float,
+    peaks: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Medians, spreads, ratios to ours, floor and bars from the seconds per call of every round."""
+    """Medians, spreads, ratios to ours, floor and bars from the seconds per call of every round and peak memory."""
     stats = {name: timing.median_and_iqr(seconds) for name, seconds in times.items()}
     ours = stats[case.ours][0]
     copy_rate = copy_bytes / timing.median_and_iqr(copy_times)[0]
     copy_s, matmul_s = case.bytes / copy_rate, case.flops / matmul_rate
     floor_s = max(copy_s, matmul_s)
     ratios = {name: median / ours for name, (median, _) in stats.items() if name != case.ours}
+    saving = peaks["eager"] / max(1, peaks[case.ours]) if peaks else None
     return {
         "case": case.name,
         "device": setup.device.type,
@@ -235,7 +269,7 @@ def summarize(
             "matmul_flops_per_s": matmul_rate,
         },
         "over_floor": ours / floor_s,
-        "bars": judge(case, ours * 1e6, ours / floor_s, ratios),
+        "bars": judge(case, ours * 1e6, ours / floor_s, ratios, saving),
     }
 
 
@@ -266,13 +300,16 @@ def compare(case: Case, setup: Setup, seconds: float = 2.0) -> tuple[dict[str, A
     times = timing.interleave(entries | {"": timing.Entry(copy, [None], nullcontext)}, setup.device, seconds)
     busy = (seconds_of_others() - others) / (time.perf_counter() - begin)
     copy_times = times.pop("")
-    result = summarize(case, setup, times, copy_times, copy_bytes, rate)
+    peaks = {name: _peak_bytes(case, contender, input_sets[0], setup) for name, contender in contenders.items()}
+    result = summarize(case, setup, times, copy_times, copy_bytes, rate, peaks)
     result["load_average"] = {"before": load, "after": os.getloadavg()}
     result["cores_busy_elsewhere"] = max(0.0, busy)
     result["missing"] = dict(case.missing) | unavailable
-    for name, contender in contenders.items():
-        result["contenders"][name]["max_error"] = errors[name]
-        with running(case, contender):
-            call = functools.partial(contender.run, input_sets[0])
-            result["contenders"][name]["peak_bytes"] = timing.peak_memory(call, setup.device)
+    for name in contenders:
+        result["contenders"][name] |= {"max_error": errors[name], "peak_bytes": peaks[name]}
     return result, input_sets
+
+
+def _peak_bytes(case: Case, contender: Contender, inputs: Any, setup: Setup) -> int:
+    with running(case, contender):
+        return timing.peak_memory(functools.partial(contender.run, inputs), setup.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "dgm_kernels")
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "nflows", "zuko", "dgm_kernels")
 
 
 def available_cores() -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import report, timing
-from bench.compare import Case, Contender, Setup, WrongResult, check, compare, judge, summarize
+from bench.compare import Case, Contender, Setup, WrongResult, check, compare, judge, ours, summarize
 from bench.environment import describe
 
 SETUP = Setup(torch.device("cpu"), torch.get_num_threads())
@@ -75,6 +75,25 @@ def test_ratios_come_from_medians_of_rounds() -> None:
 def test_bar_holds_against_the_fastest_of_a_family() -> None:
     judged = judge(square_case(bars={"compile": 4.0}), 1.0, 1.0, {"compile": 5.0, "compile graphs": 3.0, "eager": 2.0})
     assert judged == {"compile": {"required": 4.0, "measured": 3.0, "met": False}}
+
+
+def test_memory_bar_is_the_ratio_of_eager_peak_to_ours() -> None:
+    eager = Contender(lambda x: torch.stack([x, x, x, x])[0] * x)  # four copies, then the result
+    case = square_case(bars={"memory": 4.0})
+    case = square_case(contenders={**case.contenders, "eager": eager}, bars={"memory": 4.0})
+    result, _ = compare(case, SETUP, seconds=0.01)
+    peaks = {name: found["peak_bytes"] for name, found in result["contenders"].items()}
+    assert result["bars"]["memory"] == {"required": 4.0, "measured": peaks["eager"] / peaks["dgm cpp"], "met": True}
+    assert peaks == {"dgm cpp": 256, "eager": 5 * 256}
+    assert judge(case, 1.0, 1.0, {}, saving=3.9)["memory"] == {"required": 4.0, "measured": 3.9, "met": False}
+
+
+def test_ours_runs_on_the_backends_that_have_kernels() -> None:
+    contenders, missing = ours(torch.square, SETUP, natives=(), check=torch.sqrt)
+    assert list(contenders) == ["dgm reference"] and missing == {}
+    assert contenders["dgm reference"].check is torch.sqrt
+    everywhere, missing = ours(torch.square, SETUP)
+    assert [*everywhere, *missing] in (["dgm cpp"], ["dgm reference", "dgm cpp"])
 
 
 def test_rounds_are_interleaved(monkeypatch: Any) -> None:
