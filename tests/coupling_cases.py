@@ -235,10 +235,10 @@ def _actnorm(inverse: bool) -> CouplingCase:
 
 
 def spline_operands(shape: tuple[int, ...], bins: int, tails: str | None, bound: float) -> tuple[Tensor, ...]:
-    """x, with tails also outside of the bound, and raw widths, heights and derivatives."""
+    """x, with tails also outside of the bound, and raw widths, heights and derivatives as networks give them."""
     slopes = bins + 1 if tails is None else bins - 1
     x = bound * (1.98 * torch.rand(shape) - 0.99) if tails is None else bound * (2.4 * torch.rand(shape) - 1.2)
-    return x, torch.randn(*shape, bins), torch.randn(*shape, bins), torch.randn(*shape, slopes)
+    return x, *(0.5 * torch.randn(*shape, count) for count in (bins, bins, slopes))
 
 
 def _spline(bins: int, inverse: bool, **options: Any) -> CouplingCase:

@@ -18,6 +18,13 @@ namespace {
 // Elements that are worth a thread: waking one costs some microseconds.
 constexpr int64_t kGrainElements = 16384, kGrainSplineElements = 512;
 
+// Elements of a sample, of an empty batch too.
+int64_t elements_of(const at::Tensor& x) {
+  int64_t count = 1;
+  for (int64_t dim = 1; dim < x.dim(); ++dim) count *= x.size(dim);
+  return count;
+}
+
 int64_t parts_of(int64_t elements) { return std::max<int64_t>((elements + kPartElements - 1) / kPartElements, 1); }
 
 void check_samples(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
@@ -118,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& x, const at::Tensor&
                                           at::ScalarType dtype) {
   AffineArgs args;
   args.batch = x.size(0);
-  args.elements = elements_per_sample(x);
+  args.elements = elements_of(x);
   args.parts = parts_of(args.elements);
   at::Tensor mask;
   args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
@@ -142,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_backward(
     at::ScalarType x_dtype) {
   AffineArgs args;
   args.batch = output.size(0);
-  args.elements = elements_per_sample(output);
+  args.elements = elements_of(output);
   args.parts = parts_of(args.elements);
   at::Tensor mask;
   args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
@@ -185,7 +192,7 @@ RowsIn parameter_rows(const char* name, const at::Tensor& tensor, const at::Tens
 SplineArgs spline_args(const at::Tensor& x, DGM_SPLINE_PARAMETERS) {
   SplineArgs args;
   args.batch = x.size(0);
-  args.elements = elements_per_sample(x);
+  args.elements = elements_of(x);
   const int64_t bins = widths.size(-1);
   TORCH_CHECK_VALUE(bins >= 2 && bins <= kMaxBins, "widths must hold 2 to ", kMaxBins, " bins, got ", bins);
   args.bins = static_cast<int>(bins);
@@ -305,7 +312,7 @@ std::tuple<at::Tensor, at::Tensor> made_inverse(const at::Tensor& z, at::TensorL
 at::Tensor log_prob(const at::Tensor& z, const OptionalTensor& logdet, bool logistic) {
   LogProbArgs args;
   args.batch = z.size(0);
-  args.elements = elements_per_sample(z);
+  args.elements = elements_of(z);
   args.parts = parts_of(args.elements);
   args.logistic = logistic;
   args.z = samples_in("z", z, args.batch, args.elements);

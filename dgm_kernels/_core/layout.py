@@ -38,6 +38,8 @@ def like_strides(result: Tensor, model: Tensor) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """``x`` itself if each sample is contiguous, whatever the distance between samples; else a contiguous copy."""
+    if x.is_contiguous():
+        return x
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

@@ -178,7 +178,7 @@ def _inverse_transform(
     """x and log dx/dz of every feature; each counts as a sample, so that the log-determinants stay apart."""
     flat = z.reshape(-1, 1)
     if bins:
-        widths, heights, slopes = parameters.view(flat.shape[0], 1, -1).split([bins, bins, bins - 1], dim=-1)
+        widths, heights, slopes = parameters.view(flat.shape[0], 1, 3 * bins - 1).split([bins, bins, bins - 1], dim=-1)
         x, each = reference.rational_quadratic_spline(flat, widths, heights, slopes, bound, True, mins, True, z.dtype)
     else:
         shift, log_scale = (half.reshape(-1, 1) for half in parameters.chunk(2, dim=1))

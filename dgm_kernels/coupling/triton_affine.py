@@ -50,8 +50,8 @@ def _in_tile(place, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, at, exists):
-    return tl.load(ptr + at, exists, other=0.0).to(tl.float32)
+def _load(ptr, place, exists):
+    return tl.load(ptr + place, exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -110,10 +110,10 @@ def affine_kernel(
     elements, period = _multiple_of_8(elements, ALIGNED), _multiple_of_8(period, ALIGNED)
     start, stop = _multiple_of_8(start, ALIGNED), _multiple_of_8(stop, ALIGNED)
     row, column, place, exists, in_batch = _tile(batch, elements, blocks, ROWS, COLUMNS)
-    x = _load(x_ptr, row * _multiple_of_8(x_stride, ALIGNED) + column + place, exists)
+    x = _load(x_ptr + (row * _multiple_of_8(x_stride, ALIGNED) + column), place, exists)
     inside = exists & (place >= _in_tile(start - column, COLUMNS)) & (place < _in_tile(stop - column, COLUMNS))
-    at = column - start + place
-    y = _load(shift_ptr, row * _multiple_of_8(shift_stride, ALIGNED) + at, inside)
+    at = column - start
+    y = _load(shift_ptr + (row * _multiple_of_8(shift_stride, ALIGNED) + at), place, inside)
     moved = _moved(
         fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period, width, height,
         CHECKERED, PERIODIC, PARITY,
@@ -121,13 +121,13 @@ def affine_kernel(
     if log_scale_ptr is None:
         y = x - y if INVERSE else x + y
     else:
-        a = _load(log_scale_ptr, row * _multiple_of_8(log_scale_stride, ALIGNED) + at, inside)
+        a = _load(log_scale_ptr + (row * _multiple_of_8(log_scale_stride, ALIGNED) + at), place, inside)
         s, _ = _log_of_scale(a, MAP)
         s = -s if INVERSE else s
         y = (x - y) * tl.exp(s) if INVERSE else x * tl.exp(s) + y
         logdet = tl.sum(tl.where(moved, s, 0.0), axis=1, keep_dims=True)
         tl.store(logdet_ptr + row * blocks + column // COLUMNS, logdet, in_batch)
-    tl.store(out_ptr + row * elements + column + place, tl.where(moved, y, x), exists)
+    tl.store(out_ptr + (row * elements + column) + place, tl.where(moved, y, x), exists)
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -144,11 +144,11 @@ def affine_backward_kernel(
     elements, period = _multiple_of_8(elements, ALIGNED), _multiple_of_8(period, ALIGNED)
     start, stop = _multiple_of_8(start, ALIGNED), _multiple_of_8(stop, ALIGNED)
     row, column, place, exists, _ = _tile(batch, elements, blocks, ROWS, COLUMNS)
-    g = _load(grad_ptr, row * _multiple_of_8(grad_stride, ALIGNED) + column + place, exists)
+    g = _load(grad_ptr + (row * _multiple_of_8(grad_stride, ALIGNED) + column), place, exists)
     inside = exists & (place >= _in_tile(start - column, COLUMNS)) & (place < _in_tile(stop - column, COLUMNS))
-    at = column - start + place
-    a = _load(log_scale_ptr, row * _multiple_of_8(log_scale_stride, ALIGNED) + at, inside)
-    y = _load(output_ptr, row * _multiple_of_8(output_stride, ALIGNED) + column + place, inside)
+    at = column - start
+    a = _load(log_scale_ptr + (row * _multiple_of_8(log_scale_stride, ALIGNED) + at), place, inside)
+    y = _load(output_ptr + (row * _multiple_of_8(output_stride, ALIGNED) + column), place, inside)
     moved = _moved(
         fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period, width, height,
         CHECKERED, PERIODIC, PARITY,
@@ -160,15 +160,15 @@ def affine_backward_kernel(
         to_scale = g * y
     else:
         to_shift = g
-        to_scale = g * (y - _load(shift_ptr, row * _multiple_of_8(shift_stride, ALIGNED) + at, inside))
+        to_scale = g * (y - _load(shift_ptr + (row * _multiple_of_8(shift_stride, ALIGNED) + at), place, inside))
     if grad_logdet_ptr is not None:
         to_scale += tl.load(grad_logdet_ptr + row)
     to_scale *= -slope if INVERSE else slope
-    tl.store(to_x_ptr + row * elements + column + place, tl.where(moved, to_x, g), exists)
+    tl.store(to_x_ptr + (row * elements + column) + place, tl.where(moved, to_x, g), exists)
     at += row * (stop - start)
-    tl.store(to_scale_ptr + at, tl.where(moved, to_scale, 0.0), inside)
+    tl.store(to_scale_ptr + at + place, tl.where(moved, to_scale, 0.0), inside)
     if to_shift_ptr is not None:
-        tl.store(to_shift_ptr + at, tl.where(moved, to_shift, 0.0), inside)
+        tl.store(to_shift_ptr + at + place, tl.where(moved, to_shift, 0.0), inside)
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -179,7 +179,7 @@ def log_prob_kernel(
     """The tile's part of the sum of log-densities."""
     elements = _multiple_of_8(elements, ALIGNED)
     row, column, place, exists, in_batch = _tile(batch, elements, blocks, ROWS, COLUMNS)
-    z = _load(z_ptr, row * _multiple_of_8(x_stride, ALIGNED) + column + place, exists)
+    z = _load(z_ptr + (row * _multiple_of_8(x_stride, ALIGNED) + column), place, exists)
     half_ln_2_pi = 0.9189385332046727
     each = -tl.abs(z) - 2.0 * tl.log(1.0 + tl.exp(-tl.abs(z))) if LOGISTIC else -0.5 * (z * z) - half_ln_2_pi
     total = tl.sum(tl.where(exists, each, 0.0), axis=1, keep_dims=True)

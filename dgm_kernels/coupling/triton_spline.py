@@ -92,7 +92,7 @@ def _shares(ptr, at, exists, least, STRIDE: tl.constexpr, K: tl.constexpr, SIZE:
     """What the bins of every element have of the domain beyond the least, from their raw sizes."""
     j = tl.arange(0, 1 << LEVELS)[None, :]
     there = exists[:, None] if 1 << LEVELS == K else exists[:, None] & (j < K)
-    raw = tl.load(ptr + at[:, None] * STRIDE + j, there, other=0.0).to(tl.float32)
+    raw = tl.load((ptr + at * STRIDE)[:, None] + j, there, other=0.0).to(tl.float32)
     return _softmax(_columns(raw, SIZE, LEVELS), 1.0 - K * least, K)
 
 
@@ -250,7 +250,7 @@ def _store_columns(ptr, columns, at, exists, COUNT: tl.constexpr, SIZE: tl.const
     """The first COUNT of ``2 ** LEVELS`` columns, as rows of contiguous memory."""
     j = tl.arange(0, 1 << LEVELS)[None, :]
     there = exists[:, None] if 1 << LEVELS == COUNT else exists[:, None] & (j < COUNT)
-    tl.store(ptr + at[:, None] * COUNT + j, _tile(columns, SIZE, LEVELS), there)
+    tl.store((ptr + at * COUNT)[:, None] + j, _tile(columns, SIZE, LEVELS), there)
 
 
 @triton.jit
@@ -319,6 +319,9 @@ def spline_backward_kernel(
     g = tl.load(grad_ptr + at, exists, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + at, exists, other=0.0).to(tl.float32)
     inside = tl.abs(x) <= bound
+    b = tl.zeros_like(g)
+    if grad_logdet_ptr is not None:
+        b = tl.load(grad_logdet_ptr + row, exists & inside, other=0.0)
     settings = (least_width, least_height, min_derivative)
     k, bin, place, raw_slopes = _find_bin(
         tl.where(inside, x, 0.0), at, exists, widths, heights, derivatives_ptr, bound, settings,
@@ -328,9 +331,6 @@ def spline_backward_kernel(
     xi, rest = place
     raw0, raw1 = raw_slopes
     a = tl.where(inside, g, 0.0)
-    b = tl.zeros_like(g)
-    if grad_logdet_ptr is not None:
-        b = tl.where(inside, tl.load(grad_logdet_ptr + row, exists, other=0.0), 0.0)
     if INVERSE:
         to_left = a
         bend, _, _, _, _, slope = _bin_gradients(0.0, b, h, w, d0, d1, xi, rest)
