@@ -3,13 +3,14 @@
 from .model import DensityUnavailable, GenerativeModel
 from .registry import create_model, from_pretrained, list_models, register_model
 
-from . import ddpm  # isort: skip  (registers the family)
+from . import ddpm, flows  # isort: skip  (registers the families)
 
 __all__ = [
     "DensityUnavailable",
     "GenerativeModel",
     "create_model",
     "ddpm",
+    "flows",
     "from_pretrained",
     "list_models",
     "register_model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import create_model, from_pretrained, list_models
 from .data import digits
 from .model import DensityUnavailable, GenerativeModel
+from .registry import model_class
 from .train import CHECKPOINT_FILE, SETTINGS_FILE, Settings, Trainer
 
 TRAJECTORY_ROWS = 8
@@ -60,7 +62,9 @@ def _train(args: argparse.Namespace) -> None:
 def _new(args: argparse.Namespace, out: pathlib.Path) -> Trainer:
     if (out / CHECKPOINT_FILE).exists() and not args.overwrite:
         raise ValueError(f"{out} holds a run: --resume continues it, --overwrite replaces it")
-    settings = Settings(**_given(args, "steps", "batch_size", "lr", "seed"))
+    settings = Settings(
+        **{**model_class(args.model).default_settings, **_given(args, "steps", "batch_size", "lr", "seed")}
+    )
     torch.manual_seed(settings.seed)
     model = create_model(args.model, **dict(args.set)).to(args.device)
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     x = split.x.to(args.device)
     cond = split.label.to(args.device) if model.conditional else None
     try:
-        name, nats = "log-likelihood", model.log_prob(x, cond)
+        name, nats = "log-likelihood", model.log_prob(x, cond).detach()
     except DensityUnavailable:
         name, nats = "ELBO", model.elbo(x, args.k, cond, **dict(args.set))
     bits = model.bits_per_dim(nats)
@@ -133,9 +137,12 @@ def _profile(args: argparse.Namespace) -> None:
 
     model = create_model(args.model, **dict(args.set)).to(args.device)
     trainer = Trainer(model, digits(), Settings(steps=2 * args.steps, batch_size=args.batch_size))
+    options = _given(args, "sampler")
+    if "steps" in inspect.signature(model._sample).parameters:
+        options["steps"] = args.steps
     work: dict[str, Callable[[], object]] = {
         "train": lambda: [trainer.train_step() for _ in range(args.steps)],
-        "sample": lambda: model.sample(args.batch_size, **_given(args, "sampler"), steps=args.steps),
+        "sample": lambda: model.sample(args.batch_size, **options),
     }
     work[args.what]()  # warm up
     activities = [ProfilerActivity.CPU]
@@ -211,7 +218,9 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     sub.add_argument("model", choices=list_models())
     for name, kind in (("steps", int), ("batch-size", int), ("lr", float), ("seed", int)):
-        sub.add_argument(f"--{name}", type=kind, help=f"default: {defaults[name.replace('-', '_')]}")
+        sub.add_argument(
+            f"--{name}", type=kind, help=f"default: that of the model, or {defaults[name.replace('-', '_')]}"
+        )
     sub.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; --resume goes on")
     sub.add_argument("--resume", action="store_true", help="continue the run in --out")
     sub.add_argument("--overwrite", action="store_true", help="replace the run in --out")

@@ -8,8 +8,9 @@ import json
 import math
 import operator
 import pathlib
+import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import safetensors.torch
@@ -48,6 +49,7 @@ class Stream(enum.IntEnum):
     BOUND_TIMES = 6
     TRAINING_NOISE = 7
     BOUND_PATHS = 8
+    LEVEL_NOISE = 9
 
 
 class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", model_card_template=_CARD):
@@ -61,12 +63,14 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         sample_shape: the shape of one sample.
         conditional: whether ``cond`` is understood.
         levels: number of grey levels of the data in [-1, 1], equally spaced; None for continuous data.
+        default_settings: the values of ``train.Settings`` that suit the family better than the defaults there.
     """
 
     model_name: ClassVar[str] = "unregistered"
     sample_shape: tuple[int, ...]
     conditional: bool = False
     levels: int | None = None
+    default_settings: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
 
     def __new__(cls, *args: Any, **config: Any) -> Self:
         """Records the arguments as the config; the mixin leaves out, without a word, what JSON cannot hold."""
@@ -106,6 +110,12 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
                 stream: see :class:`Stream`); None draws a key from PyTorch's generator.
         """
         return torch.stack(list(self.loss_parts(x, cond, key=key).values())).sum()
+
+    def prepare(self, x: Tensor) -> None:
+        """Sets what depends on the data, such as their scale, from training samples; called before the first step.
+
+        A model that was prepared or trained before stays as it is. Most families have nothing to set.
+        """
 
     def forward(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> Tensor:
         """:meth:`loss`, so that wrappers of modules (DistributedDataParallel, torch.compile) can train the model."""
@@ -203,6 +213,14 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         if not x.is_floating_point():
             raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
 
+    def _check_data(self, x: Tensor) -> None:
+        """:meth:`_check_batch`, and that the values are grey levels if the data has them."""
+        self._check_batch(x)
+        if self.levels is not None:
+            grid = (x + 1) / 2 * (self.levels - 1)
+            if not bool(((grid - grid.round()).abs() < 0.01).all()) or not bool((x.abs() <= 1).all()):
+                raise ValueError(f"x must lie on {self.levels} equally spaced levels in [-1, 1] (config: levels)")
+
     def _check_cond(self, cond: Tensor | int | None, n: int) -> Tensor | None:
         if cond is None:
             return None
@@ -285,6 +303,15 @@ def check_natural(name: str, value: int) -> int:
     if number is None or number < 0:
         raise ValueError(f"{name} must be a non-negative int, got {value!r}")
     return number
+
+
+def check_sizes(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """``value`` as a tuple if it holds positive ints, else an error that names it."""
+    try:
+        sizes = list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of positive ints, got {value!r}") from None
+    return tuple(check_positive(f"{name}[{place}]", size) for place, size in enumerate(sizes))
 
 
 def _integer(value: object) -> int | None:

@@ -36,7 +36,7 @@ class Settings:
         batch_size: samples a step.
         lr: the largest learning rate.
         warmup: steps over which it rises from 0.
-        weight_decay: of AdamW; 0 is Adam.
+        weight_decay: of AdamW, on parameters with two dimensions and more; 0 is Adam.
         clip_grad: largest norm of the gradient.
         ema: decay of the average of the weights that is saved.
         validate_every: steps between validations and checkpoints.
@@ -92,7 +92,8 @@ class Trainer:
         self.model, self.settings, self.out = model, settings, out
         self.train_split = _on(data.train, model.device)
         self.validation_split = _on(data.validation, model.device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        model.prepare(self.train_split.x)
+        self.optimizer = _optimizer(model, settings)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.step = 0
         self.losses: list[float] = []
@@ -210,6 +211,14 @@ class Trainer:
         if file is None or not file.exists():
             raise ValueError(f"out must hold a {CHECKPOINT_FILE} to resume from, got {self.out}")
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _optimizer(model: GenerativeModel, settings: Settings) -> torch.optim.AdamW:
+    """Weights decay; biases, gains and the like do not."""
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _on(split: Split, device: torch.device) -> Split:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dgm_kernels
 from dgm_kernels import NoiseKey, SamplerTable, Schedule, add_noise, denoising_loss, noise_like, tables
 
-from ..model import DensityUnavailable, GenerativeModel, Stream, check_positive
+from ..model import DensityUnavailable, GenerativeModel, Stream, check_positive, check_sizes
 from ..registry import register_model
 from . import bound
 from .mlp import MLP
@@ -83,13 +83,13 @@ class DDPM(GenerativeModel):
             raise ValueError(f"cond_dropout must be in [0, 1], got {cond_dropout!r}")
         if levels is not None and check_positive("levels", levels) < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
-        self.sample_shape = _sizes("image_shape", image_shape)
+        self.sample_shape = check_sizes("image_shape", image_shape)
         self.prediction, self.clip, self.levels = prediction, clip, levels
         self.num_classes, self.cond_dropout = num_classes, cond_dropout
         self.conditional = num_classes is not None
         self.schedule = _schedule(schedule, timesteps)
         self.training_table = tables.training(self.schedule, prediction=prediction)
-        multipliers = _sizes("multipliers", multipliers)
+        multipliers = check_sizes("multipliers", multipliers)
         self.denoiser = _denoiser(denoiser, self.sample_shape, width, depth, multipliers, num_classes)
 
     def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
@@ -282,13 +282,6 @@ class DDPM(GenerativeModel):
         with self._evaluating():
             return bound.variational(self, x, cond, times, seed, first_sample)
 
-    def _check_data(self, x: Tensor) -> None:
-        self._check_batch(x)
-        if self.levels is not None:
-            grid = (x + 1) / 2 * (self.levels - 1)
-            if not bool(((grid - grid.round()).abs() < 0.01).all()) or not bool((x.abs() <= 1).all()):
-                raise ValueError(f"x must lie on {self.levels} equally spaced levels in [-1, 1] (config: levels)")
-
     def _initial_state(self, n: int, seed: int, first_sample: int, table: SamplerTable) -> Tensor:
         like = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
         return noise_like(like, NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)) * table.initial_sigma
@@ -315,15 +308,6 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     """The names of its arguments."""
     every = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in every if parameter.kind is not parameter.VAR_KEYWORD]
-
-
-def _sizes(name: str, value: Sequence[int]) -> tuple[int, ...]:
-    """``value`` as a tuple if it holds positive ints, else an error that names it."""
-    try:
-        sizes = list(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a sequence of positive ints, got {value!r}") from None
-    return tuple(check_positive(f"{name}[{place}]", size) for place, size in enumerate(sizes))
 
 
 def _schedule(schedule: str | Sequence[float], timesteps: int) -> Schedule:

@@ -1,0 +1,228 @@
+"""What all flows share: dequantised levels, exact densities, sampling in one inverse pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import dgm_kernels
+from dgm_kernels import NoiseKey, noise_like
+from dgm_kernels.nn import Reversible
+
+from ..model import GenerativeModel, Stream, check_positive, check_sizes
+from .layers import Standardization
+
+BASES = ("normal", "logistic")
+
+
+class Flow(GenerativeModel):
+    """An invertible map f from data to noise: ``log p(x) = log base(f(x)) + log abs(det df/dx)``.
+
+    Grey levels are dequantised: level l of L becomes v = (l + u) / L with u uniform in (0, 1), new in every step of
+    training, and f begins with ``logit(margin + (1 - 2 margin) v)``, whose log-determinant counts like any other. Then
+    comes a learnt scale and shift of every element, which :meth:`prepare` sets at first.
+
+    Args:
+        image_shape: of one sample.
+        layers: further invertible layers on ``[batch, elements]``, from the data to the noise.
+        base: density of the noise, ``"normal"`` or ``"logistic"``, of independent elements.
+        levels: grey levels of the data in [-1, 1], equally spaced; None for continuous data, which is taken as it is.
+        margin: see above.
+        level_noise: share of the pixels above the lowest level whose level is moved by one, up or down, in training.
+        reversible: train in memory constant in the number of layers, at the price of more arithmetic.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        layers: Iterable[nn.Module],
+        *,
+        base: str = "normal",
+        levels: int | None = None,
+        margin: float = 1e-3,
+        level_noise: float = 0.0,
+        reversible: bool = False,
+    ) -> None:
+        super().__init__()
+        if base not in BASES:
+            raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
+        if levels is not None and check_positive("levels", levels) < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        if not 0 < margin < 0.5:
+            raise ValueError(f"margin must be in (0, 0.5), got {margin!r}")
+        if not 0 <= level_noise <= 1:
+            raise ValueError(f"level_noise must be in [0, 1], got {level_noise!r}")
+        self.sample_shape = check_sizes("image_shape", image_shape)
+        self.base, self.levels, self.margin, self.level_noise = base, levels, margin, level_noise
+        chain = [Standardization(self.elements), *layers]
+        self.flow = Reversible(chain) if reversible else Chain(chain)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in one sample."""
+        return elements(self.sample_shape)
+
+    @property
+    def standardization(self) -> Standardization:
+        """The first layer."""
+        return cast(Standardization, self.flow.layers[0])
+
+    def transform(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise: ``[batch, elements]``, and log abs(det) of the map, ``[batch]``.
+
+        Args:
+            v: ``[batch, *image_shape]``: in [0, 1] if the data has levels (see :meth:`dequantize`), else the data.
+        """
+        y, before = self._unbounded(v)
+        z, logdet = self.flow(y)
+        return z, logdet if before is None else before + logdet
+
+    def invert(self, z: Tensor) -> Tensor:
+        """Noise ``[batch, elements]`` to the v of :meth:`transform`."""
+        x, _ = self.flow.inverse(z)
+        if self.levels is not None:
+            x = (torch.sigmoid(x) - self.margin) / (1 - 2 * self.margin)
+        return x.view(-1, *self.sample_shape)
+
+    def dequantize(self, x: Tensor, key: NoiseKey) -> Tensor:
+        """Points of the unit cube, drawn uniformly from the cells of the levels in ``x``."""
+        if self.levels is None:
+            raise ValueError("levels must be given to the model to dequantize its data, got None")
+        return (self._level(x, self.levels) + noise_like(x, key, distribution="uniform")) / self.levels
+
+    def log_density(self, v: Tensor) -> Tensor:
+        """Exact log-density in nats at points v, ``[batch]``; v as in :meth:`transform`."""
+        z, logdet = self.transform(v)
+        if self.base == "logistic":
+            return dgm_kernels.logistic_log_prob(z, logdet)
+        return dgm_kernels.standard_normal_log_prob(z, logdet)
+
+    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
+        """``nll``: the mean negative log-likelihood, in nats for each element of a sample."""
+        self._check_batch(x)
+        self._check_cond(cond, x.shape[0])
+        key = NoiseKey.draw(device=x.device) if key is None else key
+        if self.levels is not None and self.training and self.level_noise:
+            x = self._move_levels(x, self.levels, dataclasses.replace(key, stream=Stream.LEVEL_NOISE))
+        noise = dataclasses.replace(key, stream=Stream.TRAINING_NOISE)
+        return {"nll": -self._log_prob(x, noise).mean() / self.elements}
+
+    def log_prob(self, x: Tensor, cond: Tensor | None = None, *, seed: int = 0, first_sample: int = 0) -> Tensor:
+        """Exact log-density in nats, ``[batch]``; that of grey levels after dequantisation with fixed noise.
+
+        For grey levels the density is per level, so that its expectation over the noise is a lower bound of the
+        log-probability; :meth:`elbo` with k > 1 is a tighter one.
+
+        Args:
+            x: ``[batch, *image_shape]``; on the grey levels unless ``levels`` is None.
+            cond: None.
+            seed, first_sample: name the noise of the dequantisation, as in ``sample``.
+        """
+        self._check_data(x)
+        self._check_cond(cond, x.shape[0])
+        with self._evaluating():
+            return self._log_prob(x, NoiseKey(seed, first_sample, stream=Stream.BOUND))
+
+    @torch.no_grad()
+    def elbo(
+        self, x: Tensor, k: int = 1, cond: Tensor | None = None, *, seed: int = 0, first_sample: int = 0
+    ) -> Tensor:
+        """A lower bound of the log-probability of grey levels in nats: log of the mean density of k dequantisations.
+
+        Of continuous data it is the log-density itself. Arguments as in :meth:`log_prob`.
+        """
+        k = check_positive("k", k)
+        if self.levels is None:
+            return self.log_prob(x, cond)
+        self._check_data(x)
+        self._check_cond(cond, x.shape[0])
+        with self._evaluating():
+            key = NoiseKey(seed, first_sample, stream=Stream.BOUND)
+            draws = torch.stack([self._log_prob(x, key.at(draw)) for draw in range(k)])
+        return draws.logsumexp(0) - math.log(k)
+
+    def _sample(  # type: ignore[override]
+        self, n: int, seed: int, cond: Tensor | None, first_sample: int, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Samples in one inverse pass.
+
+        Args:
+            n, seed, cond, first_sample: see ``sample``.
+            temperature: factor on the noise; less than 1 stays nearer to the modes.
+        """
+        like = torch.empty(n, self.elements, device=self.device, dtype=self.dtype)
+        key = NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)
+        if self.base == "logistic":
+            u = noise_like(like, key, distribution="uniform")
+            z = torch.logit(u, eps=torch.finfo(u.dtype).eps / 2)
+        else:
+            z = noise_like(like, key)
+        v = self.invert(temperature * z)
+        if self.levels is None:
+            return v
+        level = (v * self.levels).floor().clamp(0, self.levels - 1)
+        return level / (self.levels - 1) * 2 - 1
+
+    def prepare(self, x: Tensor) -> None:
+        """Sets the scale and shift that f begins with, so that the data have mean 0 and variance 1."""
+        self._check_batch(x)
+        v = x if self.levels is None else self.dequantize(x, NoiseKey(0, stream=Stream.TRAINING_NOISE))
+        self.standardization.fit(self._unbounded(v)[0])
+
+    def _unbounded(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Data with levels from the unit cube to all real numbers, ``[batch, elements]``, and the log-determinant."""
+        v = v.flatten(1)
+        if self.levels is None:
+            return v, None
+        squeezed = self.margin + (1 - 2 * self.margin) * v
+        logdet = math.log(1 - 2 * self.margin) - torch.log(squeezed) - torch.log1p(-squeezed)
+        return torch.logit(squeezed), logdet.sum(1)
+
+    def _log_prob(self, x: Tensor, noise: NoiseKey) -> Tensor:
+        if self.levels is None:
+            return self.log_density(x)
+        return self.log_density(self.dequantize(x, noise)) - self.elements * math.log(self.levels)
+
+    @staticmethod
+    def _level(x: Tensor, levels: int) -> Tensor:
+        """Grey levels 0 .. levels - 1 as floating-point numbers."""
+        return ((x + 1) / 2 * (levels - 1)).round()
+
+    def _move_levels(self, x: Tensor, levels: int, key: NoiseKey) -> Tensor:
+        level, u = self._level(x, levels), noise_like(x, key, distribution="uniform")
+        step = (u < self.level_noise).to(x.dtype) - 2 * (u < self.level_noise / 2).to(x.dtype)
+        return torch.where(level > 0, level + step, level).clamp(0, levels - 1) / (levels - 1) * 2 - 1
+
+
+def elements(image_shape: Sequence[int]) -> int:
+    """Numbers in one sample."""
+    return math.prod(check_sizes("image_shape", image_shape))
+
+
+class Chain(nn.Module):
+    """Invertible layers one after the other."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the log-determinant."""
+        return _compose(x, self.layers)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the log-determinant of the inverse."""
+        return _compose(z, [layer.inverse for layer in reversed(self.layers)])
+
+
+def _compose(x: Tensor, maps: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    logdets = []
+    for apply in maps:
+        x, logdet = apply(x)
+        logdets.append(logdet)
+    return x, torch.stack(logdets).sum(0)

@@ -1,0 +1,373 @@
+"""Rows D2, D3, D4, D6, D7, D9 and D10 of docs/models.md: what is particular to each family of flows."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable
+
+import matplotlib.image
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dgm_kernels
+from dgm_kernels import NoiseKey
+from dgm_models import create_model, list_models
+from dgm_models.__main__ import main
+from dgm_models.data import digits
+from dgm_models.flows import check_invertible
+from dgm_models.flows.layers import (
+    AffineAutoregressive,
+    AffineCoupling,
+    SplineAutoregressive,
+    SplineCoupling,
+    TriangularLinear,
+)
+from dgm_models.train import Settings, Trainer
+from tests.test_flows import SMALL, jacobian, new, normal, small
+
+FAMILIES = ("invertible_mlp", "maf", "nice", "realnvp", "spline")
+NETWORK = {"hidden": (16,)}
+
+
+def perturbed(layer: nn.Module, noise: float = 0.2) -> nn.Module:
+    """The layer in float64 with parameters that are not those it starts with."""
+    layer = layer.double().eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
+    return layer
+
+
+# D2: invertible MLP
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_D2_logdet_is_the_diagonal_and_the_slopes(lower: bool) -> None:
+    layer, x = perturbed(TriangularLinear(5, lower, 0.3)), normal(20, 5)
+    y, logdet = layer(x)
+    weight = layer.weight.detach()
+    assert torch.equal(weight, weight.tril() if lower else weight.triu())
+    h = x @ weight.T + layer.bias
+    torch.testing.assert_close(y, torch.where(h > 0, h, 0.3 * h))
+    expected = weight.diagonal().abs().log().sum() + math.log(0.3) * (h < 0).sum(1).double()
+    torch.testing.assert_close(logdet, expected)
+    torch.testing.assert_close(logdet, torch.linalg.slogdet(jacobian(lambda x: layer(x)[0], x)).logabsdet)
+    back, inverse_logdet = layer.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+
+
+def test_D2_slope_0_is_refused() -> None:
+    model = create_model("invertible_mlp", image_shape=(4,), levels=None, negative_slope=0.0)
+    with pytest.raises(ValueError, match=r"negative_slope must be positive .*, got 0.0"):
+        model.log_prob(torch.zeros(1, 4))
+
+
+def test_D2_the_last_layer_has_no_activation() -> None:
+    slopes = [getattr(layer, "negative_slope", None) for layer in small("invertible_mlp").flow.layers]
+    assert slopes == [None, 0.8, 0.8, 0.8, 1.0]
+
+
+# D3: NICE
+
+
+def test_D3_additive_couplings_preserve_volume() -> None:
+    layer, x = perturbed(AffineCoupling(6, False, None, **NETWORK)), normal(10, 6)
+    y, logdet = layer(x)
+    assert torch.equal(logdet, torch.zeros_like(logdet))
+    assert (y - x).abs().max() > 0.1
+    determinant = torch.linalg.det(jacobian(lambda x: layer(x)[0], x))
+    torch.testing.assert_close(determinant, torch.ones_like(determinant))
+
+
+def test_D3_the_volume_of_nice_is_that_of_its_two_scales() -> None:
+    model = small("nice")
+    _, logdet = model.transform(normal(10, 6))
+    first, *_, last = model.flow.layers
+    torch.testing.assert_close(logdet, (first.log_scale.sum() + last.log_scale.sum()).expand(10))
+
+
+# D4: RealNVP
+
+
+@pytest.mark.parametrize("make", [AffineCoupling, SplineCoupling])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_D4_D7_a_coupling_transforms_one_half_by_the_other(make: type[nn.Module], flipped: bool) -> None:
+    options = {"scale_map": "tanh"} if make is AffineCoupling else {"bins": 4, "bound": 3.0}
+    layer, x = perturbed(make(6, flipped, **options, **NETWORK)), normal(10, 6)
+    kept, moved = (slice(3, 6), slice(0, 3)) if flipped else (slice(0, 3), slice(3, 6))
+    y, _ = layer(x)
+    assert torch.equal(y[:, kept], x[:, kept])
+    assert ((y - x)[:, moved].abs().amax(0) > 1e-3).all()
+    full = jacobian(lambda x: layer(x)[0], x)
+    inner = full[:, moved, moved]
+    assert torch.equal(inner, torch.diag_embed(inner.diagonal(dim1=1, dim2=2))), "each by itself, given the other half"
+    assert (full[:, moved, kept].abs().amax((1, 2)) > 1e-3).all()
+    torch.testing.assert_close(layer.inverse(y)[0], x)
+
+
+def test_D4_every_pixel_is_transformed_and_the_halves_change() -> None:
+    model = small("realnvp", image_shape=(16,), depth=4)
+    orders = [layer.permutation for layer in model.flow.layers if hasattr(layer, "permutation")]
+    assert len(orders) == 2
+    assert not torch.equal(*orders)
+    x = normal(10, 16)
+    assert (torch.linalg.matrix_rank(jacobian(lambda x: model.transform(x)[0], x)) == 16).all()
+    assert (jacobian(lambda x: model.transform(x)[0], x) != 0).any(0).all(), "every output reads every input"
+
+
+@pytest.mark.parametrize("name", ["maf", "nice", "realnvp", "spline"])
+def test_D3_D4_D6_D7_learn_more_than_a_gaussian_of_the_digits_in_seconds(name: str) -> None:
+    """A full Gaussian has 2.970 bits a pixel on the test part, a mixture of 30 diagonal ones 2.634."""
+    data = digits()
+    torch.manual_seed(0)
+    model = create_model(name, hidden=(128,))
+    trainer = Trainer(model, data, Settings(**{**model.default_settings, "steps": 250, "warmup": 20}))
+    trainer.run(progress=False)
+    model = trainer.averaged_model
+    with torch.no_grad():
+        bits = float(model.bits_per_dim(model.log_prob(data.validation.x)).mean())
+    assert bits < 2.634
+
+
+# D6: MAF and IAF
+
+
+@pytest.mark.parametrize("make", [AffineAutoregressive, SplineAutoregressive])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("hidden", [(11,), (11, 17)])
+def test_D6_D7_autoregressive_layers_read_only_what_comes_before(
+    make: type[nn.Module], backwards: bool, hidden: tuple[int, ...]
+) -> None:
+    options = {"scale_map": "tanh"} if make is AffineAutoregressive else {"bins": 4, "bound": 3.0}
+    layer, x = perturbed(make(5, backwards, **options, hidden=hidden)), normal(10, 5)
+    full = jacobian(lambda x: layer(x)[0], x)
+    full = full.transpose(1, 2) if backwards else full
+    assert torch.equal(full, full.tril())
+    assert full.abs().amax(0)[torch.ones(5, 5).tril().bool()].ne(0).all(), "and all that comes before"
+
+
+@pytest.mark.parametrize("name", ["maf", "spline"])
+def test_D6_D7_samples_are_those_of_the_search_feature_by_feature(name: str) -> None:
+    """The inverse layer by layer: D passes, of which the i-th makes the i-th feature right."""
+    model, z = small(name), normal(7, 6)
+    x = z
+    for layer in reversed(model.flow.layers):
+        x = by_passes(layer, x) if hasattr(layer, "net") else layer.inverse(x)[0]
+    torch.testing.assert_close(model.invert(z), x, rtol=1e-8, atol=1e-8)
+
+
+def by_passes(layer: nn.Module, z: Tensor) -> Tensor:
+    """Bisection of every feature in its order; the transforms are monotone."""
+    x = torch.zeros_like(z)
+    for feature in layer.net.degrees[0].argsort().tolist():
+        low, high = torch.full((len(z),), -100.0).double(), torch.full((len(z),), 100.0).double()
+        for _ in range(60):
+            middle = (low + high) / 2
+            x[:, feature] = middle
+            below = layer(x)[0][:, feature] < z[:, feature]
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        x[:, feature] = (low + high) / 2
+    return x
+
+
+def test_D6_iaf_is_maf_the_other_way_round() -> None:
+    maf, iaf, x = small("maf", depth=1), small("iaf", depth=1, hidden=(24, 24)), normal(9, 6)
+    maf.flow.layers[1].load_state_dict(iaf.flow.layers[1].layer.state_dict())
+    for model in (maf, iaf):
+        for parameter in model.flow.layers[0].parameters():
+            nn.init.zeros_(parameter)
+    z, logdet = maf.transform(x)
+    torch.testing.assert_close(iaf.invert(x), z)
+    back, inverse_logdet = iaf.transform(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+
+
+def test_D6_iaf_trains() -> None:
+    model, x = new("iaf").double(), normal(200, 6) ** 2
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model.loss(x)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
+
+
+# D7: neural spline flows
+
+
+@pytest.mark.parametrize("name", ["spline", "spline_coupling"])
+def test_D7_splines_are_the_identity_outside_their_bound(name: str) -> None:
+    model = small(name, bound=2.0)
+    for parameter in model.flow.layers[0].parameters():
+        nn.init.zeros_(parameter)
+    x = 3 + normal(10, 6).abs()
+    z, logdet = model.transform(x)
+    assert torch.equal(z.sort(1).values, x.sort(1).values)
+    assert torch.equal(logdet, torch.zeros_like(logdet))
+
+
+# D9: why a map is no flow
+
+
+def rank_one(x: Tensor) -> Tensor:
+    a = torch.tensor([[1.0, -2.0, 0.5]], dtype=x.dtype)
+    return torch.sigmoid(x @ (a.T @ a))
+
+
+def even_in_x1(x: Tensor) -> Tensor:
+    x1, x2, x3 = x.unbind(1)
+    return torch.stack([(x3 + x2) ** 3, x1**4 * x2 + x3, torch.exp(x3)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "kinds"),
+    [
+        (rank_one, ["singular", "collision"]),
+        (even_in_x1, ["fold", "collision"]),
+        (torch.relu, ["singular", "collision"]),
+        (lambda x: (x - 1.3) ** 2, ["fold", "collision"]),
+        (lambda x: x**3 - x, ["fold", "collision"]),
+        (lambda x: x.sort(1).values, ["fold", "collision"]),
+        (lambda x: torch.ones_like(x), ["singular", "collision"]),
+        (lambda x: x[:, :2], ["dimension"]),
+        (torch.log, ["not finite"]),
+    ],
+)
+def test_D9_the_checker_says_why_with_points_that_show_it(fn: Callable[[Tensor], Tensor], kinds: list[str]) -> None:
+    found = {finding.kind: finding for finding in check_invertible(fn, (3,))}
+    assert list(found) == kinds
+    if "collision" in kinds:
+        a, b = (point[None] for point in found["collision"].points)
+        assert float((a - b).norm()) > 1e-3
+        torch.testing.assert_close(fn(a), fn(b), rtol=1e-9, atol=1e-9)
+    if "singular" in kinds:
+        (point,) = found["singular"].points
+        assert int(torch.linalg.matrix_rank(jacobian(fn, point[None]))[0]) < 3
+    if "fold" in kinds:
+        a, b = found["fold"].points
+        assert float((a - b).norm()) < 1e-9
+        assert float(torch.linalg.det(torch.cat([jacobian(fn, a[None]), jacobian(fn, b[None])])).prod()) <= 0
+
+
+def test_D9_messages_name_the_reason() -> None:
+    singular, _ = check_invertible(rank_one, (3,))
+    assert singular.message == "the Jacobian is singular at 32 of 32 random points: it has rank 1 of 3"
+    _, collision = check_invertible(even_in_x1, (3,))
+    assert collision.message == "maps two points to one (found by negating or swapping elements)"
+    a, b = collision.points
+    assert torch.equal(a, b * torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64))
+    (dimension,) = check_invertible(lambda x: x[:, :2], (3,))
+    assert dimension.message == "maps 3 numbers to 2: the Jacobian is not square"
+
+
+def test_D9_maps_that_are_flows_pass() -> None:
+    for fn in (torch.sinh, lambda x: nn.functional.leaky_relu(x, 0.1), lambda x: x.flip(1)):
+        assert check_invertible(fn, (3,)) == []
+    for name in SMALL:
+        assert check_invertible(small(name).transform, (6,), points=8) == [], name
+
+
+# D10: reversible training
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nice", "spline_coupling", "invertible_mlp"])
+def test_D10_reversible_training_has_the_gradients_of_plain_training(name: str) -> None:
+    plain, reversible = (
+        new(name, image_shape=(1, 4, 4), levels=17, reversible=flag).double() for flag in (False, True)
+    )
+    reversible.load_state_dict(plain.state_dict())
+    x = digits().train.x[:20, :, 2:6, 2:6].double()
+    for model in (plain, reversible):
+        model.train().loss(x, key=NoiseKey(3)).backward()
+    for (key, expected), found in zip(plain.named_parameters(), reversible.parameters(), strict=True):
+        torch.testing.assert_close(
+            found.grad, expected.grad, rtol=1e-7, atol=1e-9, msg=lambda text, key=key: key + text
+        )
+
+
+def test_D10_reversible_training_draws_the_same_dropout_again() -> None:
+    plain, reversible = (new("realnvp", dropout=0.4, reversible=flag).double() for flag in (False, True))
+    reversible.load_state_dict(plain.state_dict())
+    for model in (plain, reversible):
+        torch.manual_seed(5)
+        model.train().loss(normal(20, 6)).backward()
+    for expected, found in zip(plain.parameters(), reversible.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
+
+
+def saved_bytes(depth: int, reversible: bool) -> int:
+    """Of the activations that autograd keeps for the backward pass."""
+    model = new("realnvp", image_shape=(64,), depth=depth, reversible=reversible).train()
+    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.loss(torch.randn(100, 64))
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_D10_reversible_training_keeps_as_much_at_any_depth() -> None:
+    assert saved_bytes(32, reversible=True) == saved_bytes(2, reversible=True)
+    assert saved_bytes(32, reversible=False) > 10 * saved_bytes(2, reversible=False)
+    assert saved_bytes(32, reversible=True) < saved_bytes(32, reversible=False) / 30
+
+
+# Registry and command line
+
+
+def test_the_families_of_flows_are_registered() -> None:
+    assert set(FAMILIES) <= set(list_models())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cli_trains_samples_and_evaluates_flows(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "run"
+    assert main(["train", name, "--out", str(out), "--steps", "20", "--device", "cpu", "--quiet"]) == 0
+    settings = Settings(**{**create_model(name).default_settings, "steps": 20})
+    trained = (out / "training.json").read_text()
+    assert f'"batch_size": {settings.batch_size}' in trained
+    assert f'"weight_decay": {settings.weight_decay}' in trained
+    assert matplotlib.image.imread(out / "samples.png")[..., :3].std() > 0.01
+    assert (
+        main(["sample", "--from", str(out), "-n", "4", "--set", "temperature=0.8", "--out", str(tmp_path / "s.png")])
+        == 0
+    )
+    assert matplotlib.image.imread(tmp_path / "s.png")[..., :3].std() > 0.01
+    capsys.readouterr()
+    assert main(["evaluate", "--from", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("log-likelihood, validation set, mean of 200 samples: nats -")
+    assert main(["profile", name, "--what", "sample", "--batch-size", "2", "--out", str(tmp_path / "p.json")]) == 0
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nice", "maf", "spline", "spline_coupling"])
+def test_native_and_reference_agree(name: str) -> None:
+    """On the loss and its gradient, and on samples, in float32."""
+    model = small(name, noise=0.05, image_shape=(1, 8, 8), levels=17, level_noise=0.5).float().train()
+    x, z = digits().train.x[:50], normal(20, 64).float()
+    found = []
+    for backend in ("auto", "reference"):
+        with dgm_kernels.use_backend(backend):
+            model.zero_grad()
+            loss = model.loss(x, key=NoiseKey(1))
+            loss.backward()
+            gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            with torch.no_grad():
+                found.append((loss.detach(), gradient, model.invert(z)))
+    for native, reference in zip(*found, strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
