@@ -98,6 +98,10 @@ inline NoiseArgs noise_args(const OptionalTensor& noise, const OptionalTensor& s
 }
 
 // Elements of a sample; the batch is dimension 0.
-inline int64_t elements_per_sample(const at::Tensor& x) { return x.size(0) ? x.numel() / x.size(0) : 0; }
+inline int64_t elements_per_sample(const at::Tensor& x) {
+  int64_t count = 1;
+  for (int64_t dim = 1; dim < x.dim(); ++dim) count *= x.size(dim);
+  return count;
+}
 
 }  // namespace dgm

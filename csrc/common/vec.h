@@ -38,7 +38,7 @@ constexpr int kBlock = kVectors * kWidth;  // elements that kGroups * kWidth Phi
 typedef float F32 __attribute__((vector_size(4 * kWidth)));
 typedef int32_t I32 __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t U32 __attribute__((vector_size(4 * kWidth)));
-typedef uint64_t U64 __attribute__((vector_size(4 * kWidth)));  // half as many lanes
+typedef uint64_t U64 __attribute__((vector_size(4 * kWidth)));   // half as many lanes
 typedef double F64 __attribute__((vector_size(4 * kWidth)));     // likewise
 typedef float HalfF32 __attribute__((vector_size(2 * kWidth)));  // likewise
 typedef uint8_t U8 __attribute__((vector_size(kWidth)));

@@ -22,8 +22,12 @@ void affine(const AffineArgs& a, int64_t begin, int64_t end) {
     for_each_chunk(p.row, p.rows, p.first, p.begin, copy);
     for_each_chunk(p.row, p.rows, p.begin, p.end, [&](const Chunk& c) {
       const int64_t start = a.region.start;
-      const Run r = {x.read(a.x, c),          shift.read(a.shift, c, start), raw.read(a.log_scale, c, start),
-                     mask.read(a.region, c), y.open(a.y, c),                logs};
+      const Run r = {x.read(a.x, c),
+                     shift.read(a.shift, c, start),
+                     raw.read(a.log_scale, c, start),
+                     mask.read(a.region, c),
+                     y.open(a.y, c),
+                     logs};
       run(a, r, c.size());
       y.close();
       if (r.raw)
@@ -93,17 +97,14 @@ void log_prob(const LogProbArgs& a, int64_t begin, int64_t end) {
 
 int64_t made_width() { return kTile * kWidth; }
 
-void made_inverse(const MadeArgs& a, int64_t begin, int64_t end) {
-  float* rows = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * a.rows * kTile * kWidth));
-  if (!rows) __builtin_trap();  // some hundred kilobytes
+void made_inverse(const MadeArgs& a, float* scratch, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTile * kWidth, left = a.batch - first;
     if (left > kWidth)
-      invert_tile<kTile>(a, first, left < kTile * kWidth ? left : kTile * kWidth, rows);
+      invert_tile<kTile>(a, first, left < kTile * kWidth ? left : kTile * kWidth, scratch);
     else
-      invert_tile<1>(a, first, left, rows);
+      invert_tile<1>(a, first, left, scratch);
   }
-  std::free(rows);
 }
 
 }  // namespace DGM_ISA_NAMESPACE

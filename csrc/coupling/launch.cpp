@@ -18,13 +18,6 @@ namespace {
 // Elements that are worth a thread: waking one costs some microseconds.
 constexpr int64_t kGrainElements = 16384, kGrainSplineElements = 512;
 
-// Elements of a sample, of an empty batch too.
-int64_t elements_of(const at::Tensor& x) {
-  int64_t count = 1;
-  for (int64_t dim = 1; dim < x.dim(); ++dim) count *= x.size(dim);
-  return count;
-}
-
 int64_t parts_of(int64_t elements) { return std::max<int64_t>((elements + kPartElements - 1) / kPartElements, 1); }
 
 void check_samples(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
@@ -46,6 +39,7 @@ RowsIn samples_in(const char* name, const at::Tensor& tensor, int64_t batch, int
 }
 
 RowsOut rows_out(const char* name, const at::Tensor& tensor, int64_t elements) {
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
   return {tensor.mutable_data_ptr(), dtype_of(name, tensor), elements};
 }
 
@@ -53,8 +47,9 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty
 
 const float* gradient_of_logdet(const OptionalTensor& grad, int64_t batch) {
   if (!present(grad)) return nullptr;
-  TORCH_CHECK_VALUE(grad->scalar_type() == at::kFloat && grad->is_contiguous() && grad->numel() == batch,
-                    "grad_logdet must be float32 [", batch, "] and contiguous, got ", grad->sizes());
+  TORCH_CHECK_VALUE(
+      grad->scalar_type() == at::kFloat && grad->is_contiguous() && grad->is_cpu() && grad->numel() == batch,
+      "grad_logdet must be float32 [", batch, "] and contiguous, got ", grad->sizes());
   return grad->const_data_ptr<float>();
 }
 
@@ -80,9 +75,9 @@ Region region_of(DGM_REGION_PARAMETERS, int64_t batch, int64_t elements, at::Ten
   } else if (present(fixed)) {
     TORCH_CHECK_TYPE(fixed->scalar_type() == at::kBool, "fixed must be bool, got ", fixed->scalar_type());
     const int64_t count = fixed->numel();
-    TORCH_CHECK_VALUE(fixed->is_contiguous() && fixed->is_cpu() && count > 0 &&
-                          (count == batch * elements || elements % count == 0),
-                      "fixed must be contiguous, with the elements of the batch or of a repeating part of a sample");
+    TORCH_CHECK_VALUE(
+        fixed->is_contiguous() && fixed->is_cpu() && count > 0 && (count == batch * elements || elements % count == 0),
+        "fixed must be contiguous, with the elements of the batch or of a repeating part of a sample");
     kept = *fixed;
     if (count == batch * elements) region.fixed_stride = elements;
   } else {
@@ -102,8 +97,7 @@ template <class Kernel, class Args>
 void over_parts(Kernel kernel, const Args& args) {
   const int64_t held = std::max<int64_t>(std::min(args.elements, kPartElements), 1);
   const int64_t grain = (kGrainElements + held - 1) / held;
-  at::parallel_for(0, args.batch * args.parts, grain,
-                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  at::parallel_for(0, args.batch * args.parts, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 // Adds the parts of each sample up in their order; `offset` is added if given.
@@ -125,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& x, const at::Tensor&
                                           at::ScalarType dtype) {
   AffineArgs args;
   args.batch = x.size(0);
-  args.elements = elements_of(x);
+  args.elements = elements_per_sample(x);
   args.parts = parts_of(args.elements);
   at::Tensor mask;
   args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
@@ -143,13 +137,15 @@ std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& x, const at::Tensor&
   return {std::move(y), std::move(logdet)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_backward(
-    const at::Tensor& grad, const OptionalTensor& grad_logdet, const at::Tensor& output, const at::Tensor& shift,
-    const at::Tensor& log_scale, DGM_REGION_PARAMETERS, int64_t scale_map, bool inverse, bool with_shift,
-    at::ScalarType x_dtype) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_backward(const at::Tensor& grad,
+                                                               const OptionalTensor& grad_logdet,
+                                                               const at::Tensor& output, const at::Tensor& shift,
+                                                               const at::Tensor& log_scale, DGM_REGION_PARAMETERS,
+                                                               int64_t scale_map, bool inverse, bool with_shift,
+                                                               at::ScalarType x_dtype) {
   AffineArgs args;
   args.batch = output.size(0);
-  args.elements = elements_of(output);
+  args.elements = elements_per_sample(output);
   args.parts = parts_of(args.elements);
   at::Tensor mask;
   args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
@@ -174,25 +170,26 @@ namespace {
 // Rows of `length` parameters, evenly spaced: all dimensions but the last are one, in steps of the last of them.
 RowsIn parameter_rows(const char* name, const at::Tensor& tensor, const at::Tensor& x, int64_t length) {
   TORCH_CHECK_VALUE(tensor.is_cpu(), name, " must be on the CPU, got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.dim() == x.dim() + 1 && tensor.numel() == x.numel() * length && tensor.size(-1) == length,
                     name, " must have ", length, " entries for each element of x, got ", tensor.sizes());
   int64_t stride = length, expected = -1;
   for (int64_t dim = tensor.dim() - 2; dim >= 0 && tensor.numel(); --dim) {
     if (tensor.size(dim) == 1) continue;
     if (expected < 0) stride = tensor.stride(dim);
-    TORCH_CHECK_VALUE(expected < 0 || tensor.stride(dim) == expected, name, " must have evenly spaced rows, got strides ",
-                      tensor.strides());
+    TORCH_CHECK_VALUE(expected < 0 || tensor.stride(dim) == expected, name,
+                      " must have evenly spaced rows, got strides ", tensor.strides());
     expected = tensor.stride(dim) * tensor.size(dim);
   }
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || length == 1 || tensor.stride(-1) == 1, name, " must have contiguous rows, got strides ",
-                    tensor.strides());
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || length == 1 || tensor.stride(-1) == 1, name,
+                    " must have contiguous rows, got strides ", tensor.strides());
   return {tensor.const_data_ptr(), dtype_of(name, tensor), stride};
 }
 
 SplineArgs spline_args(const at::Tensor& x, DGM_SPLINE_PARAMETERS) {
   SplineArgs args;
   args.batch = x.size(0);
-  args.elements = elements_of(x);
+  args.elements = elements_per_sample(x);
   const int64_t bins = widths.size(-1);
   TORCH_CHECK_VALUE(bins >= 2 && bins <= kMaxBins, "widths must hold 2 to ", kMaxBins, " bins, got ", bins);
   args.bins = static_cast<int>(bins);
@@ -236,8 +233,8 @@ void check_layers(const at::Tensor& z, at::TensorList weights, at::TensorList bi
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> spline(const at::Tensor& x, DGM_SPLINE_PARAMETERS, at::ScalarType dtype) {
-  SplineArgs args = spline_args(x, widths, heights, derivatives, bound, tails, min_width, min_height, min_derivative,
-                                inverse);
+  SplineArgs args =
+      spline_args(x, widths, heights, derivatives, bound, tails, min_width, min_height, min_derivative, inverse);
   at::Tensor y = empty(x.sizes(), dtype), logdet = empty({args.batch}, at::kFloat);
   args.y = output("y", y, x);
   const at::Tensor log_slopes = empty({args.batch, args.elements}, at::kFloat);
@@ -252,10 +249,9 @@ std::tuple<at::Tensor, at::Tensor> spline(const at::Tensor& x, DGM_SPLINE_PARAME
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> spline_backward(const at::Tensor& grad,
                                                                            const OptionalTensor& grad_logdet,
-                                                                           const at::Tensor& x,
-                                                                           DGM_SPLINE_PARAMETERS) {
-  SplineArgs args = spline_args(x, widths, heights, derivatives, bound, tails, min_width, min_height,
-                                min_derivative, inverse);
+                                                                           const at::Tensor& x, DGM_SPLINE_PARAMETERS) {
+  SplineArgs args =
+      spline_args(x, widths, heights, derivatives, bound, tails, min_width, min_height, min_derivative, inverse);
   args.grad = operand("grad", grad, x);
   args.grad_logdet = gradient_of_logdet(grad_logdet, args.batch);
   const auto like = [](const at::Tensor& t) { return empty(t.sizes(), t.scalar_type()); };
@@ -304,15 +300,18 @@ std::tuple<at::Tensor, at::Tensor> made_inverse(const at::Tensor& z, at::TensorL
   if (args.features == 0) return {std::move(x), logdet.zero_()};
   const int64_t width = DGM_PICK_ISA(made_width)();
   const auto invert = DGM_PICK_ISA(made_inverse);
-  at::parallel_for(0, (args.batch + width - 1) / width, 1,
-                   [&](int64_t begin, int64_t end) { invert(args, begin, end); });
+  const at::Tensor scratch = empty({at::get_num_threads(), args.rows * width}, at::kFloat);
+  float* rows = scratch.mutable_data_ptr<float>();
+  at::parallel_for(0, (args.batch + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    invert(args, rows + at::get_thread_num() * args.rows * width, begin, end);
+  });
   return {std::move(x), std::move(logdet)};
 }
 
 at::Tensor log_prob(const at::Tensor& z, const OptionalTensor& logdet, bool logistic) {
   LogProbArgs args;
   args.batch = z.size(0);
-  args.elements = elements_of(z);
+  args.elements = elements_per_sample(z);
   args.parts = parts_of(args.elements);
   args.logistic = logistic;
   args.z = samples_in("z", z, args.batch, args.elements);

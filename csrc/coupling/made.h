@@ -2,8 +2,6 @@
 // known. The network comes as a program, which launch.cpp writes: groups of units with the weights that count for them.
 #pragma once
 
-#include <cstdlib>
-
 #include "coupling/affine.h"
 #include "coupling/spline.h"
 
@@ -38,8 +36,7 @@ DGM_INLINE void compute_units(const MadeArgs& a, const MadeGroup& group, float* 
   const float* weight = a.packed + group.weights;
   F32 sums[kUnits][kVecs];
   DGM_UNROLL
-  for (int u = 0; u < kUnits; ++u)
-    DGM_UNROLL
+  for (int u = 0; u < kUnits; ++u) DGM_UNROLL
   for (int t = 0; t < kVecs; ++t) sums[u][t] = broadcast_float(weight[u]);
   weight += kUnits;
   const float* from = rows + static_cast<int64_t>(group.from) * kRow;

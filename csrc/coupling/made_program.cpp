@@ -62,7 +62,8 @@ class Writer {
   at::Tensor pack() const {
     const at::Tensor packed = at::empty({size_}, at::kFloat);
     float* to = packed.mutable_data_ptr<float>();
-    const int64_t grain = std::max<int64_t>(1, 16384 * static_cast<int64_t>(groups.size()) / std::max<int64_t>(size_, 1));
+    const int64_t grain =
+        std::max<int64_t>(1, 16384 * static_cast<int64_t>(groups.size()) / std::max<int64_t>(size_, 1));
     at::parallel_for(0, static_cast<int64_t>(groups.size()), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) pack_group(groups[i], sources_[i], to + groups[i].weights);
     });
@@ -115,8 +116,7 @@ MadeProgram made_program(at::TensorList weights, at::TensorList biases, at::Tens
   std::vector<int64_t> outputs(parameters);
   for (int64_t degree = 1; degree <= features; ++degree) {
     const int64_t feature = levels[0].order[degree - 1], begin = static_cast<int64_t>(writer.groups.size());
-    for (int64_t p = 0; p < parameters; ++p)
-      outputs[p] = strided ? p * features + feature : feature * parameters + p;
+    for (int64_t p = 0; p < parameters; ++p) outputs[p] = strided ? p * features + feature : feature * parameters + p;
     writer.add(weights[layers - 1], biases[layers - 1], levels[layers - 1], levels[layers - 1].up_to[degree - 1],
                outputs, rows, false);
     const int64_t hidden = static_cast<int64_t>(writer.groups.size());

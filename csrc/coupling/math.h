@@ -1,4 +1,4 @@
-// Formulas of the coupling op, templated on the scalar F: a CPU vector of float32.
+// Formulas of the coupling op, templated on the scalar F: a CPU vector of float32. (On GPUs the op is Triton's.)
 #pragma once
 
 #include "common/elementary.h"
@@ -22,7 +22,8 @@ DGM_INLINE LogScale<F> log_scale(F raw) {
   if constexpr (kMap == ScaleMap::Tanh) {
     const F s = hyperbolic_tangent(raw);
     return {s, exponential_of_unit(kInverse ? -s : s)};
-  } else if constexpr (kMap == ScaleMap::Sigmoid) {  // b = raw + 2, t = exp(-|b|): sigmoid(b) = (b < 0 ? t : 1) / (1 + t)
+  } else if constexpr (kMap ==
+                       ScaleMap::Sigmoid) {  // b = raw + 2, t = exp(-|b|): sigmoid(b) = (b < 0 ? t : 1) / (1 + t)
     const F b = raw + 2.0f, t = exponential(-absolute(b)), u = t + 1.0f;
     const F top = b < 0.0f ? t : broadcast_float(1.0f);
     return {at_most(b, 0.0f) - logarithm1p(t), kInverse ? u / top : top / u};
@@ -112,23 +113,29 @@ struct BinGrad {
   F x, w, h, x_k, y_k, d0, d1;
 };
 
-// Gradients of g y + l log(dy/dx).
+// The gradient of g y + l log(dy/dx) with respect to x.
 template <class F>
-DGM_INLINE BinGrad<F> bin_gradient(const Bin<F>& b, const Place<F>& p, F g, F l) {
+DGM_INLINE F x_gradient(const Bin<F>& b, const Place<F>& p, F g, F l) {
   const F q = p.xi * p.rest, turn = p.rest - p.xi;  // dq / dxi
-  const F inverse_d = 1.0f / denominator(b, q), flat = 1.0f - 2.0f * q;
-  const F m = slope_numerator(b, p, q), inverse_m = 1.0f / m;
+  const F inverse_d = 1.0f / denominator(b, q), m = slope_numerator(b, p, q);
+  const F to_xi =
+      g * b.h * b.s * m * inverse_d * inverse_d +
+      2.0f * l * ((b.d1 * p.xi + b.s * turn - b.d0 * p.rest) / m - (b.d0 + b.d1 - 2.0f * b.s) * turn * inverse_d);
+  return to_xi / b.w;
+}
+
+// The others; `to_x` is the one with respect to x, on which those of the bin's place depend.
+template <class F>
+DGM_INLINE BinGrad<F> bin_gradient(const Bin<F>& b, const Place<F>& p, F g, F l, F to_x) {
+  const F q = p.xi * p.rest, inverse_d = 1.0f / denominator(b, q), flat = 1.0f - 2.0f * q;
   const F a = p.xi * (b.s * p.xi + b.d0 * p.rest) * inverse_d;  // y = y_k + h a
-  const F gh = g * b.h * inverse_d, l_m = l * inverse_m, l_d = 2.0f * l * inverse_d;
-  const F to_xi = gh * b.s * m * inverse_d + 2.0f * l_m * (b.d1 * p.xi + b.s * turn - b.d0 * p.rest) -
-                  l_d * (b.d0 + b.d1 - 2.0f * b.s) * turn;
+  const F gh = g * b.h * inverse_d, l_m = l / slope_numerator(b, p, q), l_d = 2.0f * l * inverse_d;
   const F to_s = gh * (p.xi * p.xi - a * flat) + 2.0f * (l_m * q + l / b.s) - l_d * flat;
-  const F inverse_w = 1.0f / b.w, to_x = to_xi * inverse_w;
   BinGrad<F> grad;
   grad.x = to_x;
   grad.x_k = -to_x;
-  grad.w = -(to_xi * p.xi + to_s * b.s) * inverse_w;
-  grad.h = g * a + to_s * inverse_w;
+  grad.w = -to_x * p.xi - to_s * b.s / b.w;
+  grad.h = g * a + to_s / b.w;
   grad.y_k = g;
   grad.d0 = gh * q * (1.0f - a) + l_m * p.rest * p.rest - l_d * q;
   grad.d1 = l_m * p.xi * p.xi - gh * q * a - l_d * q;

@@ -12,14 +12,13 @@ namespace {
 // Four floats of each of kWidth rows; block b of 128 bits in v[r] is from row 4 b + r.
 DGM_INLINE void load_four(const float* from, int64_t stride, F32 (&v)[4]) {
   for (int r = 0; r < 4; ++r) {
-    float* to = reinterpret_cast<float*>(&v[r]);
 #if defined(__AVX512F__)
     __m512 all = _mm512_castps128_ps512(_mm_loadu_ps(from + r * stride));
     all = _mm512_insertf32x4(all, _mm_loadu_ps(from + (4 + r) * stride), 1);
     all = _mm512_insertf32x4(all, _mm_loadu_ps(from + (8 + r) * stride), 2);
     v[r] = reinterpret_cast<F32>(_mm512_insertf32x4(all, _mm_loadu_ps(from + (12 + r) * stride), 3));
-    (void)to;
 #else
+    float* to = reinterpret_cast<float*>(&v[r]);
     for (int b = 0; b < kWidth / 4; ++b) std::memcpy(to + 4 * b, from + (4 * b + r) * stride, 4 * sizeof(float));
 #endif
   }
@@ -88,13 +87,12 @@ DGM_NOINLINE void store_parameters(const F32* from, int64_t first, int count, in
 
 // ---- From raw parameters to the bin of an element
 
-// Raw sizes to exponentials; returns 1 / their sum.
+// Raw sizes to exponentials; returns 1 / their sum, which is taken in four parts: one long sum would round more.
 DGM_INLINE F32 soften(F32* raw, int bins) {
-  F32 largest = raw[0];
+  F32 largest = raw[0], sums[4] = {};
   for (int k = 1; k < bins; ++k) largest = raw[k] > largest ? raw[k] : largest;
-  F32 total = {};
-  for (int k = 0; k < bins; ++k) total += raw[k] = exponential(raw[k] - largest);
-  return 1.0f / total;
+  for (int k = 0; k < bins; ++k) sums[k % 4] += raw[k] = exponential(raw[k] - largest);
+  return 1.0f / ((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // The parameters of kWidth elements: sizes as exponentials, derivatives raw.
@@ -106,26 +104,26 @@ struct Parameters {
 // The bin, and what the gradient of the softmax and of the derivatives needs to know of it.
 struct Found {
   Bin<F32> bin;
-  F32 number;                                    // of the bin
-  F32 width_share, height_share;                 // of the interval, of what the softmax divides
+  F32 number;                                     // of the bin
+  F32 width_share, height_share;                  // of the interval, of what the softmax divides
   F32 width_shares_before, height_shares_before;  // of the bins before it, together
   F32 raw_d0, raw_d1;
 };
 
-// The knots along one axis. Shares of the interval are summed as whole numbers of 2^-30, from the middle: the sum is then
-// exact, and a knot is rounded once, where a sum of floats would lose what a steep bin makes much of.
+// The knots along one axis. Shares of the interval are summed as whole numbers of 2^-30, from the middle: the sum is
+// then exact, and a knot is rounded once, where a sum of floats would lose what a steep bin makes much of.
 class Axis {
  public:
   DGM_INLINE_METHOD Axis(float bound, float least, int bins, F32 first)
-      : unit_(bound * 0x1p-29f), least_(least), free_(1.0f - bins * least), whole_(I32{} - (1 << 29)), share(first) {
+      : unit_(bound * 0x1p-29f), least_(least), free_(1.0f - bins * least), whole_(U32{} - (1u << 29)), share(first) {
     low = knot = broadcast_float(-bound);
     before = sum_ = F32{};
   }
 
   // To the knot behind a bin of this share of what the softmax divides.
   DGM_INLINE_METHOD void advance(F32 share) {
-    whole_ += nearest((least_ + free_ * share) * 0x1p30f);
-    knot = unit_ * to_float(whole_);
+    whole_ += bit_cast<U32>(nearest((least_ + free_ * share) * 0x1p30f));
+    knot = unit_ * to_float(bit_cast<I32>(whole_));
     sum_ += share;
   }
 
@@ -140,7 +138,7 @@ class Axis {
 
  private:
   float unit_, least_, free_;
-  I32 whole_;
+  U32 whole_;  // unsigned: what NaN is converted to may overflow
   F32 sum_;
 
  public:
@@ -261,14 +259,17 @@ DGM_INLINE void derivative_gradients(const SplineArgs& a, F32* derivatives, cons
 
 // Gradients of the parameters and of the input.
 DGM_INLINE BinGrad<F32> element_gradient(const SplineArgs& a, const Bin<F32>& bin, F32 input, F32 g, F32 l) {
-  if (!a.inverse) return bin_gradient(bin, place_of_x(bin, input), g, l);
+  if (!a.inverse) {
+    const Place<F32> place = place_of_x(bin, input);
+    return bin_gradient(bin, place, g, l, x_gradient(bin, place, g, l));
+  }
   // x = f^-1(y): what reaches x, the share through log f'(x) included, reaches y divided by f', and the parameters as
-  // through y = f(x) with the sign turned.
+  // through y = f(x) with the sign turned. To those the gradient of x is -g: the shares through the logarithm cancel.
   const Place<F32> place = place_of_y(bin, input);
   const F32 zero = {}, one = broadcast_float(1.0f);
-  const F32 curvature = bin_gradient(bin, place, zero, one).x, slope = bin_gradient(bin, place, one, zero).x;
-  const F32 to_y = (g + l * -curvature) / slope;
-  BinGrad<F32> grad = bin_gradient(bin, place, -to_y, -l);
+  const F32 curvature = x_gradient(bin, place, zero, one), slope = x_gradient(bin, place, one, zero);
+  const F32 to_y = (g - l * curvature) / slope;
+  BinGrad<F32> grad = bin_gradient(bin, place, -to_y, -l, -g);
   grad.x = to_y;
   return grad;
 }

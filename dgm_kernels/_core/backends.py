@@ -171,6 +171,8 @@ def _find_best(device_type: str, natives: tuple[str, ...]) -> str:
         if why is None:
             return name
         _note_fallback(name, why)
+    if not set(natives) & set(_AUTO.get(device_type, ())):
+        _note_fallback("/".join(natives), f"this op has no kernel for {device_type}")
     return "reference"
 
 

@@ -46,7 +46,8 @@ def affine_coupling(
     ``s = scale_map(log_scale)``, ``logdet = sum of s`` over what is transformed (``b = 0``). The inverse is
     ``x = b y + (1 - b) (y - shift) exp(-s)`` and its logdet minus that. What ``shift`` and ``log_scale`` hold where
     ``b = 1`` does not count, NaN too. 16-bit tensors are worked on in float32. Differentiable to any order; saves its
-    output in place of ``x``, and ``shift``, ``log_scale`` and the mask.
+    output in place of ``x`` (a 16-bit one has too few digits for that: then ``x``), and ``shift``, ``log_scale`` and
+    the mask.
 
     Args:
         x: ``[batch, ...]``, such as ``[B, D]`` or ``[B, C, H, W]``; with ``inverse`` the y.
@@ -62,7 +63,8 @@ def affine_coupling(
         inverse: computes x from y.
 
     Returns:
-        y like ``x`` (dtype: PyTorch's promotion of the three), and logdet ``[batch]`` in float32 (float64 for float64).
+        y of the shape of ``x``, contiguous (dtype: PyTorch's promotion of the three), and logdet ``[batch]`` in float32
+        (float64 for float64).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value, or dimension 1 is odd and cannot

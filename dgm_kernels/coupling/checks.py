@@ -38,9 +38,10 @@ def check_spline_settings(bins: int, bound: float, mins: tuple[float, float, flo
         if not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     for name, value in zip(("min_bin_width", "min_bin_height"), mins, strict=False):
-        if not 0 < value * bins < 1:
+        if not 2**-24 <= value < 1 / bins:
             raise ValueError(
-                f"{name} must be positive and leave room for {bins} bins, below {1 / bins:g}, got {value!r}"
+                f"{name} must be at least 2**-24, the rounding of float32, and below {1 / bins:g}, to leave room for "
+                f"{bins} bins, got {value!r}"
             )
     if not 0 < mins[2] < math.inf:
         raise ValueError(f"min_derivative must be a positive number, got {mins[2]!r}")

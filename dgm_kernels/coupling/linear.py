@@ -51,7 +51,7 @@ def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = Fals
     y = (_per_channel if plain else _ActNorm.apply)(x, *wide, inverse, dtype)
     pixels = math.prod(x.shape[2:])
     total = log_scale.to(work).sum() * (-pixels if inverse else pixels)
-    return y, total.expand(x.shape[0])
+    return y, total.expand(x.shape[0]).clone()
 
 
 def _per_pixel(parameter: Tensor, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def invertible_conv1x1(
         with _no_autocast(x.device):
             matrix = (low @ up)[permutation]
     total = log_abs_diagonal.to(work).sum() * (math.prod(x.shape[2:]) * (-1 if inverse else 1))
-    return _mix(x, matrix, _promoted(x, lower, upper, log_abs_diagonal)), total.expand(x.shape[0])
+    return _mix(x, matrix, _promoted(x, lower, upper, log_abs_diagonal)), total.expand(x.shape[0]).clone()
 
 
 def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:

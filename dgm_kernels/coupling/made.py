@@ -40,7 +40,7 @@ def made_inverse(
     MADE is ``weights[-1] a(... a(weights[0] x + biases[0]) ...) + biases[-1]`` with an activation a. A weight counts if
     the degree of its output is at least that of its input; in the last layer, whose outputs have the degrees of the
     features, if it is greater. Other weights are not read. One pass over the network in all, where inversion by D
-    forward passes takes D of them. With gradients wanted, or in float64, it is those D passes that run.
+    forward passes takes D of them. With gradients wanted, in float64 and on GPUs it is those D passes that run.
 
     Args:
         z: ``[batch, D]``.
@@ -155,8 +155,8 @@ def _by_passes(
     mins: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:
     """The reference: after the i-th pass the features of degree 1 .. i are right."""
-    work = work_dtype(z, *weights)
-    wide, features = z.to(work), z.shape[1]
+    work = work_dtype(z, *weights, *biases)
+    wide, features, order = z.to(work), z.shape[1], degrees[0].argsort()
     outputs = degrees[0].repeat_interleave(3 * bins - 1) if bins else degrees[0].repeat(2)
     masks = [after[:, None] >= before for before, after in itertools.pairwise(degrees)]
     masks.append(outputs[:, None] > degrees[-1])
@@ -166,21 +166,25 @@ def _by_passes(
         hidden = x
         for place, (weight, bias) in enumerate(layers):
             hidden = F.linear(hidden if place == 0 else ACTIVATIONS[activation](hidden), weight, bias)
-        candidate, each = _inverse_transform(wide, hidden, bins, scale_map, bound, mins)
-        now = degrees[0] == step
-        x, log_slopes = torch.where(now, candidate, x), torch.where(now, each, log_slopes)
+        # Only the parameters of this feature are right by now; those of later ones may even be NaN.
+        feature, now = order[step - 1 : step], degrees[0] == step
+        grouped = (
+            hidden.view(z.shape[0], features, 3 * bins - 1)
+            if bins
+            else hidden.view(z.shape[0], 2, features).transpose(1, 2)
+        )
+        parameters = grouped.index_select(1, feature)
+        candidate, each = _inverse_transform(wide.index_select(1, feature), parameters, bins, scale_map, bound, mins)
+        x, log_slopes = torch.where(now, candidate, x), torch.where(now, each[:, None], log_slopes)
     return x.to(z.dtype), log_slopes.sum(1)
 
 
 def _inverse_transform(
     z: Tensor, parameters: Tensor, bins: int, scale_map: str, bound: float, mins: tuple[float, float, float]
 ) -> tuple[Tensor, Tensor]:
-    """x and log dx/dz of every feature; each counts as a sample, so that the log-determinants stay apart."""
-    flat = z.reshape(-1, 1)
-    if bins:
-        widths, heights, slopes = parameters.view(flat.shape[0], 1, 3 * bins - 1).split([bins, bins, bins - 1], dim=-1)
-        x, each = reference.rational_quadratic_spline(flat, widths, heights, slopes, bound, True, mins, True, z.dtype)
-    else:
-        shift, log_scale = (half.reshape(-1, 1) for half in parameters.chunk(2, dim=1))
-        x, each = reference.affine_coupling(flat, shift, log_scale, Region(), scale_map, True, z.dtype)
-    return x.view(z.shape), each.view(z.shape)
+    """x and log dx/dz of one feature, ``[batch, 1]`` and ``[batch]``, from its parameters ``[batch, 1, number]``."""
+    if not bins:
+        shift, log_scale = parameters.unbind(-1)
+        return reference.affine_coupling(z, shift, log_scale, Region(), scale_map, True, z.dtype)
+    widths, heights, slopes = parameters.split([bins, bins, bins - 1], dim=-1)
+    return reference.rational_quadratic_spline(z, widths, heights, slopes, bound, True, mins, True, z.dtype)

@@ -25,6 +25,7 @@ def _new_logdet(x: Tensor) -> Tensor:
 
 
 # ---- Affine coupling. Saves its output in place of its input (x exp(s) = y - shift), shift, log_scale and the mask.
+# In 16 bits the difference would keep too few digits: there x is saved, and y computed again in float32.
 
 
 def _fake_affine(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -43,10 +44,15 @@ def _fake_affine_backward(
 
 
 def _affine_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, log_scale, fixed, *region, scale_map, inverse, _ = inputs
+    x, shift, log_scale, fixed, *region, scale_map, inverse, dtype = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(None if log_scale is None else output[0], shift, log_scale, fixed)
-    ctx.region, ctx.scale_map, ctx.inverse, ctx.x_dtype = region, scale_map, inverse, x.dtype
+    ctx.region, ctx.scale_map, ctx.inverse = region, scale_map, inverse
+    ctx.dtype, ctx.x_dtype, ctx.shift_dtype, ctx.shift_shape = dtype, x.dtype, shift.dtype, shift.shape
+    ctx.keeps_x = dtype.itemsize < 4 and not inverse
+    if log_scale is None:
+        ctx.save_for_backward(fixed)
+    else:
+        ctx.save_for_backward(x if ctx.keeps_x else output[0], shift, log_scale, fixed)
 
 
 def _affine_backward(ctx: Any, grad: Tensor | None, grad_logdet: Tensor | None) -> tuple[Any, ...]:
@@ -54,16 +60,18 @@ def _affine_backward(ctx: Any, grad: Tensor | None, grad_logdet: Tensor | None) 
 
     Inverse: g exp(-s); minus that; -(g y + l).
     """
-    output, shift, log_scale, fixed = ctx.saved_tensors
     others = (None,) * (_REGION_ARGS + 3)
-    if log_scale is None:
-        return (*_additive_backward(ctx, grad, shift, fixed), None, *others)
+    if len(ctx.saved_tensors) == 1:
+        return (*_additive_backward(ctx, grad, *ctx.saved_tensors), None, *others)
     if grad is None and grad_logdet is None:
         return (None, None, None, *others)
     if torch.is_grad_enabled():
         return (*_differentiable_affine_backward(ctx, grad, grad_logdet), *others)
-    grad = torch.zeros_like(output) if grad is None else layout.rows(grad)
-    whole = fixed is None and ctx.region[2] < 0 and shift.shape == output.shape
+    saved, shift, log_scale, fixed = ctx.saved_tensors
+    setting = (fixed, *ctx.region, ctx.scale_map, ctx.inverse)
+    output = affine[ctx.backend](saved, shift, log_scale, *setting, torch.float32)[0] if ctx.keeps_x else saved
+    grad = torch.zeros_like(saved, dtype=ctx.dtype) if grad is None else layout.rows(grad)
+    whole = fixed is None and ctx.region[2] < 0 and shift.shape == saved.shape
     passed = whole and not ctx.inverse and shift.dtype == grad.dtype  # the gradient of the shift is that of y
     to_x, to_shift, to_scale = affine_backward[ctx.backend](
         grad,
@@ -71,19 +79,14 @@ def _affine_backward(ctx: Any, grad: Tensor | None, grad_logdet: Tensor | None) 
         output,
         shift,
         log_scale,
-        fixed,
-        *ctx.region,
-        ctx.scale_map,
-        ctx.inverse,
+        *setting,
         not passed,
         ctx.x_dtype,
     )
     return (to_x, grad if passed else to_shift, to_scale, *others)
 
 
-def _additive_backward(
-    ctx: Any, grad: Tensor | None, shift: Tensor, fixed: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _additive_backward(ctx: Any, grad: Tensor | None, fixed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if grad is None:
         return None, None
     start, stop, *_ = ctx.region
@@ -91,14 +94,14 @@ def _additive_backward(
     part = grad if grad.dim() == 1 else grad.flatten(1)[:, start:stop]
     part = part if mask is None else part.masked_fill(mask, 0.0)
     part = -part if ctx.inverse else part
-    return grad.to(ctx.x_dtype), part.reshape(shift.shape).to(shift.dtype)
+    return grad.to(ctx.x_dtype), part.reshape(ctx.shift_shape).to(ctx.shift_dtype)
 
 
 def _differentiable_affine_backward(
     ctx: Any, grad: Tensor | None, grad_logdet: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    output, shift, log_scale, fixed = ctx.saved_tensors
-    region = flat_region(output, fixed, *ctx.region)
+    saved, shift, log_scale, fixed = ctx.saved_tensors
+    region = flat_region(saved, fixed, *ctx.region)
     name = SCALE_MAPS[ctx.scale_map]
 
     def affine(x: Tensor, shift: Tensor, raw: Tensor, inverse: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,9 +109,9 @@ def _differentiable_affine_backward(
         y, logdet = reference.affine_coupling(flat_x, flat_shift, flat_raw, region, name, inverse, dtype)
         return y.view(x.shape), logdet
 
-    x = affine(output, shift, log_scale, not ctx.inverse, ctx.x_dtype)[0]
+    x = saved if ctx.keeps_x else affine(saved, shift, log_scale, not ctx.inverse, ctx.x_dtype)[0]
     return ops.differentiable_vjp(
-        lambda x, shift, raw: affine(x, shift, raw, ctx.inverse, output.dtype),
+        lambda x, shift, raw: affine(x, shift, raw, ctx.inverse, ctx.dtype),
         (x, shift, log_scale),
         (grad, grad_logdet),
     )

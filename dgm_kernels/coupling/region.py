@@ -110,7 +110,7 @@ def flat_region(x: Tensor, fixed: Tensor | None, start: int, stop: int, parity: 
     """What :meth:`Region.op_args` says, as a region of samples flattened to one dimension."""
     if x.dim() == 1:
         return Region(fixed=fixed)
-    elements = x[:1].numel() if x.shape[0] else stop - start
+    elements = math.prod(x.shape[1:])
     if parity >= 0:
         place = torch.arange(elements, device=x.device) % max(plane, 1)
         fixed = (place // max(width, 1) + place % max(width, 1)) % 2 == parity

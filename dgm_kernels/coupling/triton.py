@@ -114,8 +114,8 @@ class _Region(NamedTuple):
 
     fixed: Tensor | None
     stride: int  # from one sample's part of ``fixed`` to the next
-    numbers: tuple[int, ...]  # start, stop, period, width, height
-    forms: tuple[int, bool, int]  # CHECKERED, PERIODIC, PARITY
+    numbers: tuple[int, int, int]  # start, stop, period
+    forms: tuple[bool, int, int, int]  # PERIODIC, PARITY, WIDTH, HEIGHT
 
 
 def _region(x: Tensor, fixed: Tensor | None, start: int, stop: int, parity: int, width: int, plane: int) -> _Region:
@@ -129,11 +129,12 @@ def _region(x: Tensor, fixed: Tensor | None, start: int, stop: int, parity: int,
             period, stride = elements, elements
         elif period == 0 or elements % period:
             raise ValueError(f"fixed must hold {x.numel()} elements or divide a sample of {elements}, got {period}")
-    checkered = 0 if parity < 0 else 1 if width >= elements else 2
-    if checkered == 2 and (width < 1 or plane % width):
-        raise ValueError(f"plane must consist of rows of width elements, got {plane} and {width}")
-    numbers = (start, stop, period, max(width, 1), max(plane // max(width, 1), 1))
-    return _Region(fixed, stride, numbers, (checkered, period != elements, parity))
+    image = (0, 0)
+    if parity >= 0 and width < elements:
+        if width < 1 or plane % width or elements % plane:
+            raise ValueError(f"plane must be rows of width elements and divide the sample, got {plane} and {width}")
+        image = (width, plane // width)
+    return _Region(fixed, stride, (start, stop, period), (period != elements, parity, *image))
 
 
 def _aligned(*numbers: int) -> bool:
@@ -154,7 +155,7 @@ def coupling_affine(x: Tensor, shift: Tensor, log_scale: Tensor | None, *args: A
     grid = _grid(x.shape[0], elements, _TILE)
     partial = None if log_scale is None else _partial_sums(grid, x)
     strides = (_stride(x), _stride(shift), 0 if log_scale is None else _stride(log_scale), region.stride)
-    constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers[:3]))
+    constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers))
     tensors = (out, partial, x, shift, log_scale, region.fixed)
     _launch(affine_kernel, grid, tensors, (*strides, *region.numbers), constants)
     return out, x.new_zeros(x.shape[:1], dtype=torch.float32) if partial is None else _total(partial)
@@ -175,7 +176,7 @@ def coupling_affine_backward(
     _check_rows(elements, batch, grad=grad, output=output)
     _check_rows(moved, batch, shift=shift, log_scale=log_scale)
     strides = (*map(_stride, (grad, output, shift, log_scale)), region.stride)
-    constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers[:3]))
+    constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers))
     results = (to_x, to_shift if with_shift else None, to_scale)
     given = (grad, _contiguous(grad_logdet), output, shift, log_scale, region.fixed)
     grid = _grid(batch, elements, _TILE)
@@ -305,9 +306,9 @@ def aot_specs() -> Iterator[_Spec]:
 
 
 def _affine_specs(name: str, dtype: str) -> Iterator[_Spec]:
-    plain = {"MAP": 0, "INVERSE": False, "CHECKERED": 0, "PERIODIC": False, "PARITY": -1}
+    plain = {"MAP": 0, "INVERSE": False, "PERIODIC": False, "PARITY": -1, "WIDTH": 0, "HEIGHT": 0}
     plain |= {"ALIGNED": True, "ROWS": 1, "COLUMNS": _TILE}
-    board, short = {"CHECKERED": 2, "PARITY": 0}, {"ROWS": _TILE // 64, "COLUMNS": 64}
+    board, short = {"PARITY": 0, "WIDTH": 32, "HEIGHT": 32}, {"ROWS": _TILE // 64, "COLUMNS": 64}
     forms: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         "": ({}, {}),
         "_tanh_inverse": ({}, {"MAP": 1, "INVERSE": True}),
@@ -315,6 +316,7 @@ def _affine_specs(name: str, dtype: str) -> Iterator[_Spec]:
         "_softclip": ({}, {"MAP": 3}),
         "_64_columns": ({}, short),
         "_checkerboard": ({}, board),
+        "_checkerboard_28": ({}, {**board, "WIDTH": 28, "HEIGHT": 28}),
         "_mask": ({"fixed": "*i1"}, {}),
         "_mask_of_pixels": ({"fixed": "*i1"}, {"PERIODIC": True}),
         "_unaligned": ({}, {"ALIGNED": False}),

@@ -13,7 +13,7 @@ import triton.language as tl
 
 # Numbers that change from call to call: a kernel must not be compiled for their value.
 _FREE = (
-    "batch", "elements", "blocks", "start", "stop", "period", "width", "height",
+    "batch", "elements", "blocks", "start", "stop", "period",
     "x_stride", "shift_stride", "log_scale_stride", "fixed_stride", "grad_stride", "output_stride",
 )  # fmt: skip
 
@@ -56,26 +56,27 @@ def _load(ptr, place, exists):
 
 @triton.jit
 def _moved(
-    fixed_ptr, inside, row, column, place, fixed_stride, period, width, height,
-    CHECKERED: tl.constexpr, PERIODIC: tl.constexpr, PARITY: tl.constexpr,
+    fixed_ptr, inside, row, column, place, fixed_stride, period,
+    PERIODIC: tl.constexpr, PARITY: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Which of the elements ``inside`` the channels are transformed. CHECKERED: 1 a row of elements, 2 an image."""
+    """Which of the elements ``inside`` the channels are transformed.
+
+    The images of a checkerboard are WIDTH by HEIGHT, known when the kernel is compiled: divisions by numbers that are
+    not would take longer than the memory. WIDTH is 0 where a sample is one row.
+    """
     if fixed_ptr is not None:
         if PERIODIC:
             at = ((column % period).to(tl.uint32) + place.to(tl.uint32)) % period.to(tl.uint32)
         else:
             at = row * fixed_stride + column + place
         inside &= tl.load(fixed_ptr + at, inside, other=0) == 0
-    if CHECKERED == 1:
+    if PARITY >= 0 and WIDTH == 0:
         inside &= (place & 1) != PARITY  # tiles begin at even elements
-    elif CHECKERED == 2:
-        pixel = column % (width * height)
-        h = pixel // width
-        w = (pixel - h * width).to(tl.uint32) + place.to(tl.uint32)
-        lines = w // width.to(tl.uint32)
-        w -= lines * width.to(tl.uint32)
-        h = (h.to(tl.uint32) + lines) % height.to(tl.uint32)
-        inside &= ((h + w) & 1).to(tl.int32) != PARITY
+    elif PARITY >= 0:
+        first = (column % (WIDTH * HEIGHT)).to(tl.uint32)
+        pixel = first % WIDTH + place.to(tl.uint32)
+        h = (first // WIDTH + pixel // WIDTH) % HEIGHT
+        inside &= ((h + pixel % WIDTH) & 1).to(tl.int32) != PARITY
     return inside
 
 
@@ -101,10 +102,10 @@ def _log_of_scale(a, MAP: tl.constexpr):
 def affine_kernel(
     out_ptr, logdet_ptr, x_ptr, shift_ptr, log_scale_ptr, fixed_ptr,
     x_stride: tl.int64, shift_stride: tl.int64, log_scale_stride: tl.int64, fixed_stride: tl.int64,
-    start: tl.int64, stop: tl.int64, period: tl.int64, width: tl.int64, height: tl.int64,
+    start: tl.int64, stop: tl.int64, period: tl.int64,
     batch: tl.int64, elements: tl.int64, blocks: tl.int32,
-    MAP: tl.constexpr, INVERSE: tl.constexpr, CHECKERED: tl.constexpr, PERIODIC: tl.constexpr, PARITY: tl.constexpr,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAP: tl.constexpr, INVERSE: tl.constexpr, PERIODIC: tl.constexpr, PARITY: tl.constexpr,
+    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y, and the tile's part of the log-determinant unless there is no log_scale."""
     elements, period = _multiple_of_8(elements, ALIGNED), _multiple_of_8(period, ALIGNED)
@@ -115,8 +116,8 @@ def affine_kernel(
     at = column - start
     y = _load(shift_ptr + (row * _multiple_of_8(shift_stride, ALIGNED) + at), place, inside)
     moved = _moved(
-        fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period, width, height,
-        CHECKERED, PERIODIC, PARITY,
+        fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period,
+        PERIODIC, PARITY, WIDTH, HEIGHT,
     )  # fmt: skip
     if log_scale_ptr is None:
         y = x - y if INVERSE else x + y
@@ -135,10 +136,10 @@ def affine_backward_kernel(
     to_x_ptr, to_shift_ptr, to_scale_ptr, grad_ptr, grad_logdet_ptr, output_ptr, shift_ptr, log_scale_ptr, fixed_ptr,
     grad_stride: tl.int64, output_stride: tl.int64,
     shift_stride: tl.int64, log_scale_stride: tl.int64, fixed_stride: tl.int64,
-    start: tl.int64, stop: tl.int64, period: tl.int64, width: tl.int64, height: tl.int64,
+    start: tl.int64, stop: tl.int64, period: tl.int64,
     batch: tl.int64, elements: tl.int64, blocks: tl.int32,
-    MAP: tl.constexpr, INVERSE: tl.constexpr, CHECKERED: tl.constexpr, PERIODIC: tl.constexpr, PARITY: tl.constexpr,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MAP: tl.constexpr, INVERSE: tl.constexpr, PERIODIC: tl.constexpr, PARITY: tl.constexpr,
+    WIDTH: tl.constexpr, HEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The formulas are those of ``op._affine_backward``."""
     elements, period = _multiple_of_8(elements, ALIGNED), _multiple_of_8(period, ALIGNED)
@@ -150,8 +151,8 @@ def affine_backward_kernel(
     a = _load(log_scale_ptr + (row * _multiple_of_8(log_scale_stride, ALIGNED) + at), place, inside)
     y = _load(output_ptr + (row * _multiple_of_8(output_stride, ALIGNED) + column), place, inside)
     moved = _moved(
-        fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period, width, height,
-        CHECKERED, PERIODIC, PARITY,
+        fixed_ptr, inside, row, column, place, _multiple_of_8(fixed_stride, ALIGNED), period,
+        PERIODIC, PARITY, WIDTH, HEIGHT,
     )  # fmt: skip
     s, slope = _log_of_scale(a, MAP)
     to_x = g * tl.exp(-s if INVERSE else s)

@@ -43,16 +43,15 @@ def _columns(tile, SIZE: tl.constexpr, LEVELS: tl.constexpr):
     """The columns of a tile ``[SIZE, 2 ** LEVELS]`` as a tuple: a thread that has an element gets all of its bins."""
     parts = (tile,)
     for level in tl.static_range(LEVELS):
-        evens = ()
-        odds = ()
+        halves = ()
         for i in tl.static_range(1 << level):
             if level + 1 < LEVELS:
-                even, odd = tl.split(tl.reshape(parts[i], [SIZE, 1 << (LEVELS - level - 1), 2]))
+                pairs = tl.permute(tl.reshape(parts[i], [SIZE, 2, 1 << (LEVELS - level - 1)]), [0, 2, 1])
+                low, high = tl.split(pairs)
             else:
-                even, odd = tl.split(parts[i])
-            evens += (even,)
-            odds += (odd,)
-        parts = evens + odds
+                low, high = tl.split(parts[i])
+            halves += (low, high)
+        parts = halves
     return parts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,11 @@ class Coupling(nn.Module):
     ``inverse`` of its own: the backward pass of :class:`Reversible` evaluates ``condition`` once instead of twice.
     """
 
-    def condition(self, x: Tensor, *context: Any) -> tuple[Tensor, ...]:
-        """The parameters of the transform. May read only those elements of ``x`` that ``transform`` does not change."""
+    def condition(self, x: Tensor, *context: Any) -> Tensor | tuple[Tensor, ...]:
+        """The parameter or parameters of the transform.
+
+        May read only those elements of ``x`` that ``transform`` does not change.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define condition")
 
     def transform(self, x: Tensor, *parameters: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -34,11 +37,25 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """y and the log-determinant."""
-        return self.transform(x, *self.condition(x, *context))
+        return self.transform(x, *_as_tuple(self.condition(x, *context)))
 
     def inverse(self, y: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """x and the log-determinant of the inverse."""
-        return self.transform(y, *self.condition(y, *context), inverse=True)
+        return self.transform(y, *_as_tuple(self.condition(y, *context)), inverse=True)
+
+
+def _as_tuple(parameters: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
+
+
+def _is_plain_coupling(layer: nn.Module) -> TypeGuard[Coupling]:
+    """Whether calling the layer is ``condition`` and ``transform`` and nothing else."""
+    return (
+        isinstance(layer, Coupling)
+        and type(layer).forward is Coupling.forward
+        and type(layer).inverse is Coupling.inverse
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._compiled_call_impl)
+    )
 
 
 class Reversible(nn.Module):
@@ -55,9 +72,10 @@ class Reversible(nn.Module):
 
     Random numbers that a layer draws, such as dropout in its network, are drawn again from the same generator state,
     for the inverse too; autocast is as in the forward pass; buffers, such as the running statistics of a batch
-    normalisation in a network, change once. Not supported are layers whose inverse in training mode undoes something
-    else than what forward did (batch normalisation of ``x`` itself: use :class:`ActNorm`), and tensors with gradients
-    that are neither parameters nor context.
+    normalisation in a network, change once, and are in the backward pass what they were. Not supported are layers whose
+    inverse in training mode undoes something else than what forward did (batch normalisation of ``x`` itself: use
+    :class:`ActNorm`; forward hooks that change the output), and tensors with gradients that are neither parameters of
+    the layers nor context: their gradients would be missing.
 
     Args:
         layers: modules with ``forward(x, *context) -> (y, logdet)`` and ``inverse(y, *context) -> (x, logdet)``,
@@ -147,7 +165,7 @@ class _Visit(NamedTuple):
     dtype: torch.dtype  # of its input
     rng: RngState | None  # at its beginning, if it drew random numbers
     parameters: dict[str, int]  # their places among the chain's
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor]  # at its beginning: copies of those that it changed
 
 
 class _Chain(torch.autograd.Function):
@@ -170,13 +188,15 @@ class _Chain(torch.autograd.Function):
         with _autocast(ctx.autocast):
             for layer in layers:
                 dtype, before = y.dtype, rng
+                buffers = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in layer.named_buffers()}
                 y, logdet = _call(layer, y, others[:n_context], inverse)
                 logdets.append(logdet)
                 if before is not None:
                     rng = _get_rng_state(x.device)
                     before = None if all(map(torch.equal, before, rng)) else before
                 parameters = {name: places[id(parameter)] for name, parameter in layer.named_parameters()}
-                ctx.visits.append(_Visit(layer, dtype, before, parameters, dict(layer.named_buffers())))
+                kept = {n: old if b._version != version else b for n, (b, version, old) in buffers.items()}
+                ctx.visits.append(_Visit(layer, dtype, before, parameters, kept))
         ctx.save_for_backward(y, None if chain.tolerance is None else x, *others)
         return y, functools.reduce(torch.add, logdets)
 
@@ -260,15 +280,17 @@ class _Rerun(nn.Module):
         """Leaves whose gradients add up to that of the input, of which the first is the input, and the outputs."""
         layer, dtype = self.layer, self.visit.dtype
         _set_rng_state(y.device, self.visit.rng)
-        if isinstance(layer, Coupling):
+        if _is_plain_coupling(layer):
             passed = _leaf(y.to(dtype), needs_x)  # where condition reads, it is x
-            parameters = layer.condition(passed, *context)
+            parameters = _as_tuple(layer.condition(passed, *context))
             with torch.no_grad():
                 x, _ = layer.transform(y, *parameters, inverse=not inverse)
             x = _leaf(x.to(dtype), needs_x)
             return [x, passed], layer.transform(x, *parameters, inverse=inverse)
         with torch.no_grad():
             x, _ = _call(layer, y, context, not inverse)
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(self.visit.buffers[name])
         x = _leaf(x.to(dtype), needs_x)
         _set_rng_state(y.device, self.visit.rng)
         return [x], _call(layer, x, context, inverse)
