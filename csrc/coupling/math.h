@@ -130,7 +130,8 @@ DGM_INLINE BinGrad<F> bin_gradient(const Bin<F>& b, const Place<F>& p, F g, F l,
   const F q = p.xi * p.rest, inverse_d = 1.0f / denominator(b, q), flat = 1.0f - 2.0f * q;
   const F a = p.xi * (b.s * p.xi + b.d0 * p.rest) * inverse_d;  // y = y_k + h a
   const F gh = g * b.h * inverse_d, l_m = l / slope_numerator(b, p, q), l_d = 2.0f * l * inverse_d;
-  const F to_s = gh * (p.xi * p.xi - a * flat) + 2.0f * (l_m * q + l / b.s) - l_d * flat;
+  const F to_s =
+      gh * q * inverse_d * (b.d1 * p.xi * p.xi - b.d0 * p.rest * p.rest) + 2.0f * (l_m * q + l / b.s) - l_d * flat;
   BinGrad<F> grad;
   grad.x = to_x;
   grad.x_k = -to_x;
