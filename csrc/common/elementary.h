@@ -22,13 +22,36 @@ DGM_INLINE F32 scale_by_power(F32 x, F32 n) {
 #endif
 }
 
+DGM_INLINE F32 power_of_two(F32 n) { return scale_by_power(broadcast_float(1.0f), n); }
+
+template <int N>
+DGM_INLINE Pack<F32, N> absolute(Pack<F32, N> x) {
+  DGM_EACH x.v[i] = absolute(x.v[i]);
+  return x;
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> scale_by_power(Pack<F32, N> x, Pack<F32, N> n) {
+  DGM_EACH x.v[i] = scale_by_power(x.v[i], n.v[i]);
+  return x;
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> power_of_two(Pack<F32, N> n) {
+  DGM_EACH n.v[i] = power_of_two(n.v[i]);
+  return n;
+}
+
+// ---- F is one vector, or several in lockstep.
+
 // x = n ln 2 + r with whole n and |r| <= ln 2 / 2; n to `whole`, e^r - 1 by a minimax polynomial.
-DGM_INLINE F32 reduced_expm1(F32 x, F32& whole) {
+template <class F>
+DGM_INLINE F reduced_expm1(F x, F& whole) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   whole = (x * 1.44269502162933349609f + kShift) - kShift;
-  F32 r = x - whole * 0.693145751953125f;  // ln 2 in two parts, the first with few enough bits for an exact product
+  F r = x - whole * 0.693145751953125f;  // ln 2 in two parts, the first with few enough bits for an exact product
   r = r - whole * 1.42860676533018704504e-06f;
-  F32 p = r * 0.0013814601115882397f + 0.008368716575205326f;
+  F p = r * 0.0013814601115882397f + 0.008368716575205326f;
   p = p * r + 0.04166838899254799f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
@@ -36,18 +59,23 @@ DGM_INLINE F32 reduced_expm1(F32 x, F32& whole) {
 }
 
 // Within 1.1 ulp, for x in [-105, 89].
-DGM_INLINE F32 exponential_in_range(F32 x) {
-  F32 n;
-  const F32 rest = reduced_expm1(x, n);
+template <class F>
+DGM_INLINE F exponential_in_range(F x) {
+  F n;
+  const F rest = reduced_expm1(x, n);
   return scale_by_power(rest + 1.0f, n);
 }
 
 // For every x: 0 and infinity beyond the range.
-DGM_INLINE F32 exponential(F32 x) { return exponential_in_range(at_most(at_least(x, -105.0f), 89.0f)); }
+template <class F>
+DGM_INLINE F exponential(F x) {
+  return exponential_in_range(at_most(at_least(x, -105.0f), 89.0f));
+}
 
 // For x in [-1, 1], within 3 ulp, by a minimax polynomial alone.
-DGM_INLINE F32 exponential_of_unit(F32 x) {
-  F32 p = x * 2.4188682800740935e-05f + 0.00020439190848264843f;
+template <class F>
+DGM_INLINE F exponential_of_unit(F x) {
+  F p = x * 2.4188682800740935e-05f + 0.00020439190848264843f;
   p = p * x + 0.0013908486580476165f;
   p = p * x + 0.00832912977784872f;
   p = p * x + 0.041665319353342056f;
@@ -56,6 +84,23 @@ DGM_INLINE F32 exponential_of_unit(F32 x) {
   p = p * x + 0.9999999403953552f;
   return p * x + 1.0f;
 }
+
+// e^x - 1 for x in [-105, 0], which keeps its digits where x is small.
+template <class F>
+DGM_INLINE F exponential_minus_one_in_range(F x) {
+  F n;
+  const F rest = reduced_expm1(x, n), power = power_of_two(n);
+  return rest * power + (power - 1.0f);
+}
+
+// Within 3 ulp: m / (-2 - m) with m = e^(-2 |x|) - 1.
+template <class F>
+DGM_INLINE F hyperbolic_tangent(F x) {
+  const F m = exponential_minus_one_in_range(at_least(absolute(x) * -2.0f, -20.0f));
+  return flip_sign(m / (-2.0f - m), bit_cast<U32>(x));
+}
+
+// ---- One vector
 
 // Within 2 ulp for positive normal x. Zero, negative and subnormal numbers have no place here.
 DGM_INLINE F32 logarithm(F32 x) {
@@ -76,19 +121,6 @@ DGM_INLINE F32 softplus(F32 x) { return at_least(x, 0.0f) + logarithm1p(exponent
 DGM_INLINE F32 logistic(F32 x) {
   const F32 t = exponential(-absolute(x));
   return (x < 0.0f ? t : broadcast_float(1.0f)) / (t + 1.0f);
-}
-
-// e^x - 1 for x in [-105, 0], which keeps its digits where x is small.
-DGM_INLINE F32 exponential_minus_one_in_range(F32 x) {
-  F32 n;
-  const F32 rest = reduced_expm1(x, n);
-  return scale_by_power(rest, n) + (scale_by_power(broadcast_float(1.0f), n) - 1.0f);
-}
-
-// Within 3 ulp: -m / (m + 2) with m = e^(-2 |x|) - 1.
-DGM_INLINE F32 hyperbolic_tangent(F32 x) {
-  const F32 m = exponential_minus_one_in_range(at_least(absolute(x) * -2.0f, -20.0f));
-  return flip_sign(m / (m + 2.0f), ~bit_cast<U32>(x));
 }
 
 }  // namespace DGM_ISA_NAMESPACE

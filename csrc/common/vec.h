@@ -85,11 +85,24 @@ struct Pack {
 DGM_LIFT(+)
 DGM_LIFT(-)
 DGM_LIFT(*)
+DGM_LIFT(/)
 DGM_LIFT(&)
 DGM_LIFT(^)
 DGM_LIFT(<<)
 DGM_LIFT(>>)
 #undef DGM_LIFT
+
+template <class V, int N>
+DGM_INLINE Pack<V, N> operator-(Pack<V, N> a) {
+  DGM_EACH a.v[i] = -a.v[i];
+  return a;
+}
+
+template <class V, int N>
+DGM_INLINE Pack<V, N> operator-(float a, Pack<V, N> b) {
+  DGM_EACH b.v[i] = a - b.v[i];
+  return b;
+}
 
 template <class To, class V, int N>
 DGM_INLINE Pack<To, N> bit_cast(Pack<V, N> a) {
@@ -300,6 +313,18 @@ DGM_INLINE F32 at_most(F32 x, float bound) {
 #else
   return b < x ? b : x;
 #endif
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> at_least(Pack<F32, N> x, float bound) {
+  DGM_EACH x.v[i] = at_least(x.v[i], bound);
+  return x;
+}
+
+template <int N>
+DGM_INLINE Pack<F32, N> at_most(Pack<F32, N> x, float bound) {
+  DGM_EACH x.v[i] = at_most(x.v[i], bound);
+  return x;
 }
 
 DGM_INLINE double sum(F32 x) {

@@ -17,16 +17,32 @@ struct LogScale {
   F s, factor;
 };
 
+// b = raw + 2, t = exp(-|b|): sigmoid(b) = (b < 0 ? t : 1) / (1 + t).
+template <bool kInverse>
+DGM_INLINE LogScale<F32> log_of_sigmoid(F32 raw) {
+  const F32 b = raw + 2.0f, t = exponential(-absolute(b)), u = t + 1.0f;
+  const F32 top = b < 0.0f ? t : broadcast_float(1.0f);
+  return {at_most(b, 0.0f) - logarithm1p(t), kInverse ? u / top : top / u};
+}
+
+template <bool kInverse, int N>
+DGM_INLINE LogScale<Pack<F32, N>> log_of_sigmoid(Pack<F32, N> raw) {
+  LogScale<Pack<F32, N>> result;
+  DGM_EACH {
+    const LogScale<F32> one = log_of_sigmoid<kInverse>(raw.v[i]);
+    result.s.v[i] = one.s;
+    result.factor.v[i] = one.factor;
+  }
+  return result;
+}
+
 template <ScaleMap kMap, bool kInverse, class F>
 DGM_INLINE LogScale<F> log_scale(F raw) {
   if constexpr (kMap == ScaleMap::Tanh) {
     const F s = hyperbolic_tangent(raw);
     return {s, exponential_of_unit(kInverse ? -s : s)};
-  } else if constexpr (kMap ==
-                       ScaleMap::Sigmoid) {  // b = raw + 2, t = exp(-|b|): sigmoid(b) = (b < 0 ? t : 1) / (1 + t)
-    const F b = raw + 2.0f, t = exponential(-absolute(b)), u = t + 1.0f;
-    const F top = b < 0.0f ? t : broadcast_float(1.0f);
-    return {at_most(b, 0.0f) - logarithm1p(t), kInverse ? u / top : top / u};
+  } else if constexpr (kMap == ScaleMap::Sigmoid) {
+    return log_of_sigmoid<kInverse>(raw);
   } else if constexpr (kMap == ScaleMap::Softclip) {
     const F s = raw / (absolute(raw) * (1.0f / kSoftclip) + 1.0f);
     return {s, exponential_in_range(kInverse ? -s : s)};
@@ -35,13 +51,13 @@ DGM_INLINE LogScale<F> log_scale(F raw) {
   }
 }
 
-// ds / draw, from raw and s.
-template <ScaleMap kMap, class F>
-DGM_INLINE F log_scale_slope(F raw, F s) {
+// The derivative of s by the raw parameter.
+template <ScaleMap kMap>
+DGM_INLINE F32 log_scale_slope(F32 raw, F32 s) {
   if constexpr (kMap == ScaleMap::Tanh) return 1.0f - s * s;
   if constexpr (kMap == ScaleMap::Sigmoid) return logistic(-(raw + 2.0f));
   if constexpr (kMap == ScaleMap::Softclip) {
-    const F ratio = 1.0f - absolute(s) * (1.0f / kSoftclip);
+    const F32 ratio = 1.0f - absolute(s) * (1.0f / kSoftclip);
     return ratio * ratio;
   }
   return broadcast_float(1.0f);
