@@ -57,6 +57,15 @@ DGM_INLINE void for_each_vector(int64_t count, const Vector& vector) {
   if (i < count) vector(i, Some{count - i});
 }
 
+// Asks for what the lockstep at hand will be followed by: the arithmetic of a scale takes longer than the processor
+// looks ahead, so that without this memory would wait for it, and it for memory.
+template <class... Pointers>
+DGM_INLINE void prefetch(int64_t i, Pointers... pointers) {
+  constexpr int kAhead = 512;  // measured best of 256, 512, 1024 and 2048
+  DGM_UNROLL
+  for (int j = 0; j < kLockstep; ++j) (__builtin_prefetch(pointers + i + j * kWidth + kAhead), ...);
+}
+
 // `fixed` is null where all elements are transformed; `logs` takes the logarithms of the scales.
 struct Run {
   const float *x, *shift, *raw;
@@ -81,6 +90,7 @@ template <ScaleMap kMap, bool kInverse, bool kMasked>
 DGM_NOINLINE void affine_run(const Run r, int64_t count) {
   int64_t i = 0;
   for (; i + kLockstep * kWidth <= count; i += kLockstep * kWidth) {
+    prefetch(i, r.raw, r.x, r.shift);
     const auto scale = log_scale<kMap, kInverse>(load_pack<kLockstep>(r.raw + i));
     DGM_UNROLL
     for (int j = 0; j < kLockstep; ++j)
@@ -128,6 +138,7 @@ template <ScaleMap kMap, bool kInverse, bool kMasked>
 DGM_NOINLINE void affine_backward_run(const BackwardRun r, int64_t count) {
   int64_t i = 0;
   for (; i + kLockstep * kWidth <= count; i += kLockstep * kWidth) {
+    prefetch(i, r.raw, r.grad, r.output, r.shift);
     const auto raw = load_pack<kLockstep>(r.raw + i);
     const auto scale = log_scale<kMap, kInverse>(raw);
     DGM_UNROLL
@@ -280,7 +291,12 @@ class MaskReader {
       return region.fixed + c.row * region.fixed_stride + place;
     for (int64_t i = 0; i < c.rows; ++i) {
       const uint8_t* from = region.fixed + (c.row + i) * region.fixed_stride;
-      for (int64_t e = 0; e < c.count; ++e) buffer_[i * c.count + e] = from[(c.first + e) % region.fixed_period];
+      for (int64_t e = 0; e < c.count;) {
+        const int64_t at = (c.first + e) % region.fixed_period, left = region.fixed_period - at;
+        const int64_t length = left < c.count - e ? left : c.count - e;
+        std::memcpy(buffer_ + i * c.count + e, from + at, length);
+        e += length;
+      }
     }
     return buffer_;
   }
