@@ -356,10 +356,10 @@ class Sum {
   }
 
   DGM_INLINE_METHOD double value() const {
-    const F64 both = low_ + high_;
-    double total = 0.0;
-    for (int i = 0; i < kWidth / 2; ++i) total += both[i];
-    return total;
+    F64 both = low_ + high_;
+    for (int width = kWidth / 4; width > 0; width /= 2)  // by halves: a chain of additions would wait for each
+      for (int i = 0; i < width; ++i) both[i] += both[i + width];
+    return both[0];
   }
 
  private:
