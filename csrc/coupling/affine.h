@@ -175,6 +175,11 @@ DGM_NOINLINE double base_log_density(const float* z, int64_t count, bool logisti
 DGM_INLINE double total(const float* x, int64_t count) {
   Sum sum;
   int64_t i = 0;
+  if (count < kWidth) {
+    double result = 0.0;
+    for (; i < count; ++i) result += static_cast<double>(x[i]);
+    return result;
+  }
   for (; i + 4 * kWidth <= count; i += 4 * kWidth)
     sum.add((load(x + i) + load(x + i + kWidth)) + (load(x + i + 2 * kWidth) + load(x + i + 3 * kWidth)));
   for (; i + kWidth <= count; i += kWidth) sum.add(load(x + i));
@@ -241,6 +246,11 @@ DGM_INLINE bool in_place(DType dtype, int64_t stride, const Chunk& c) {
   return dtype == DType::Float32 && (c.rows == 1 || stride == c.count);
 }
 
+DGM_INLINE void copy_rows(const float* from, int64_t from_stride, const Chunk& c, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t e = 0; e < c.count; ++e) to[i * to_stride + e] = from[i * from_stride + e];
+}
+
 // The elements of a chunk as floats: where they are, or a copy. `offset` is where the tensor's rows begin in a sample.
 class ChunkReader {
  public:
@@ -249,8 +259,11 @@ class ChunkReader {
     const int size = element_size(rows.dtype);
     const char* from = static_cast<const char*>(rows.data) + (c.row * rows.stride + c.first - offset) * size;
     if (in_place(rows.dtype, rows.stride, c)) return reinterpret_cast<const float*>(from);
-    for (int64_t i = 0; i < c.rows; ++i)
-      convert_to_floats(from + i * rows.stride * size, rows.dtype, c.count, buffer_ + i * c.count);
+    if (rows.dtype == DType::Float32)
+      copy_rows(reinterpret_cast<const float*>(from), rows.stride, c, buffer_, c.count);
+    else
+      for (int64_t i = 0; i < c.rows; ++i)
+        convert_to_floats(from + i * rows.stride * size, rows.dtype, c.count, buffer_ + i * c.count);
     return buffer_;
   }
 
@@ -269,6 +282,8 @@ class ChunkWriter {
 
   void close() const {
     if (!to_ || in_place(rows_.dtype, rows_.stride, chunk_)) return;
+    if (rows_.dtype == DType::Float32)
+      return copy_rows(buffer_, chunk_.count, chunk_, reinterpret_cast<float*>(to_), rows_.stride);
     for (int64_t i = 0; i < chunk_.rows; ++i)
       convert_from_floats(buffer_ + i * chunk_.count, chunk_.count, rows_.dtype,
                           to_ + i * rows_.stride * element_size(rows_.dtype));
