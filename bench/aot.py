@@ -108,7 +108,8 @@ def op_specs() -> Iterator[Spec]:
     """The kernels of every op, named `<op>.<kernel>`."""
     for module in pkgutil.iter_modules(dgm_kernels.__path__):
         name = f"dgm_kernels.{module.name}.triton"
-        if module.ispkg and importlib.util.find_spec(name) is not None:
+        is_op = module.ispkg and not module.name.startswith("_")
+        if is_op and importlib.util.find_spec(name) is not None:
             for found in importlib.import_module(name).aot_specs():
                 spec = Spec(*found)
                 yield spec._replace(name=f"{module.name}.{spec.name}")

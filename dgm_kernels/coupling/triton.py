@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,66 +11,17 @@ import triton
 from torch import Tensor
 
 from .._core import layout
-from .._core.backends import interpreted
+from .._core.triton import TILE, Grid, Spec, cut, launch, spec
 from .triton_affine import affine_backward_kernel, affine_kernel, log_prob_kernel
 from .triton_spline import spline_backward_kernel, spline_kernel
 
-_TILE = 1024  # elements of a program: 8 a thread, two 16-byte accesses in float32 and one in 16 bits
-_SPLINE_TILE = 128  # one a thread
-_WARPS = 4
-
-
-class _Grid(NamedTuple):
-    """How a ``[batch, elements]`` tensor is cut into programs."""
-
-    programs: tuple[int, int, int]
-    numbers: tuple[int, int, int]  # batch, elements, blocks of columns
-    tile: tuple[int, int]  # ROWS, COLUMNS
+_SPLINE_TILE = 128  # elements of a program: one a thread
 
 
 @functools.lru_cache(maxsize=1024)
-def _grid(batch: int, elements: int, size: int) -> _Grid:
+def _grid(batch: int, elements: int, size: int) -> Grid:
     columns = min(size, max(2, triton.next_power_of_2(elements)))  # short samples share a program
-    rows = size // columns
-    blocks = -(-elements // columns)
-    # All on the first axis of the grid: the others end at 65535.
-    return _Grid((-(-batch // rows) * blocks, 1, 1), (batch, elements, blocks), (rows, columns))
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _launch(
-    kernel: Any,
-    grid: _Grid,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: tuple[bool | int, ...],
-) -> None:
-    """Launches the kernel on the current stream of the tensors' device.
-
-    From the second call on the compiled kernel is launched as it is: finding out anew which one is meant costs Triton
-    several times what a launch costs. Dtypes and alignments of the tensors and constants decide it, numbers do not.
-    """
-    args = (*tensors, *numbers, *grid.numbers, *constants, *grid.tile)
-    forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    device = next(t.device for t in tensors if t is not None)
-    which = (id(kernel), device, constants, grid.tile, *forms)
-    with _on(device):
-        compiled = _compiled.get(which)
-        if compiled is not None:
-            compiled[grid.programs](*args)
-        elif not interpreted() and torch.version.hip is None:  # AMD's compiler looks at the sizes of tensors, too
-            _compiled[which] = kernel[grid.programs](*args, num_warps=_WARPS)
-        else:
-            kernel[grid.programs](*args)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; the interpreter has none."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    return cut(batch, elements, columns, size)
 
 
 def _sample_size(x: Tensor) -> int:
@@ -83,7 +33,7 @@ def _stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
-def _partial_sums(grid: _Grid, like: Tensor) -> Tensor:
+def _partial_sums(grid: Grid, like: Tensor) -> Tensor:
     """What the programs write their parts of the sums over samples to."""
     batch, _, blocks = grid.numbers
     return torch.empty(batch if blocks == 1 else (batch, blocks), dtype=torch.float32, device=like.device)
@@ -152,12 +102,12 @@ def coupling_affine(x: Tensor, shift: Tensor, log_scale: Tensor | None, *args: A
     parameters = {"shift": shift} if log_scale is None else {"shift": shift, "log_scale": log_scale}
     _check_rows(elements, x.shape[0], x=x)
     _check_rows(moved, x.shape[0], **parameters)
-    grid = _grid(x.shape[0], elements, _TILE)
+    grid = _grid(x.shape[0], elements, TILE)
     partial = None if log_scale is None else _partial_sums(grid, x)
     strides = (_stride(x), _stride(shift), 0 if log_scale is None else _stride(log_scale), region.stride)
     constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers))
     tensors = (out, partial, x, shift, log_scale, region.fixed)
-    _launch(affine_kernel, grid, tensors, (*strides, *region.numbers), constants)
+    launch(affine_kernel, grid, tensors, (*strides, *region.numbers), constants)
     return out, x.new_zeros(x.shape[:1], dtype=torch.float32) if partial is None else _total(partial)
 
 
@@ -179,8 +129,8 @@ def coupling_affine_backward(
     constants = (scale_map, inverse, *region.forms, _aligned(elements, *strides, *region.numbers))
     results = (to_x, to_shift if with_shift else None, to_scale)
     given = (grad, _contiguous(grad_logdet), output, shift, log_scale, region.fixed)
-    grid = _grid(batch, elements, _TILE)
-    _launch(affine_backward_kernel, grid, (*results, *given), (*strides, *region.numbers), constants)
+    grid = _grid(batch, elements, TILE)
+    launch(affine_backward_kernel, grid, (*results, *given), (*strides, *region.numbers), constants)
     return to_x, to_shift, to_scale
 
 
@@ -233,7 +183,7 @@ def coupling_spline(
     grid = _grid(x.shape[0], _sample_size(x), _SPLINE_TILE)
     partial = _partial_sums(grid, x)
     tensors = (out, partial, x.contiguous(), widths, heights, derivatives)
-    _launch(spline_kernel, grid, tensors, (_end(numbers[0], dtype), *numbers), constants)
+    launch(spline_kernel, grid, tensors, (_end(numbers[0], dtype), *numbers), constants)
     return out, _total(partial)
 
 
@@ -254,7 +204,7 @@ def coupling_spline_backward(
         grid = _grid(x.shape[0], _sample_size(x), _SPLINE_TILE)
         given = (grad.contiguous(), _contiguous(grad_logdet), x.contiguous())
         tensors = (to_x, to_widths, to_heights, to_derivatives, *given, *parameters)
-        _launch(spline_backward_kernel, grid, tensors, numbers, constants)
+        launch(spline_backward_kernel, grid, tensors, numbers, constants)
     return to_x, to_widths, to_heights, to_derivatives
 
 
@@ -267,48 +217,30 @@ def coupling_log_prob(z: Tensor, logdet: Tensor | None, logistic: bool) -> Tenso
         total = torch.zeros(z.shape[:1], dtype=torch.float32, device=z.device)
     else:
         _check_rows(_sample_size(z), z.shape[0], z=z)
-        grid = _grid(z.shape[0], _sample_size(z), _TILE)
+        grid = _grid(z.shape[0], _sample_size(z), TILE)
         partial = _partial_sums(grid, z)
         aligned = _aligned(_sample_size(z), _stride(z))
-        _launch(log_prob_kernel, grid, (partial, z), (_stride(z),), (logistic, aligned))
+        launch(log_prob_kernel, grid, (partial, z), (_stride(z),), (logistic, aligned))
         total = _total(partial)
     return total if logdet is None else total + logdet
 
 
 # ---- Ahead-of-time compilation
 
-_Spec = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
-
-def _spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> _Spec:
-    """What one form of a kernel is compiled from; tensors that are not named are absent."""
-    signature: dict[str, str] = {}
-    for parameter in kernel.params:
-        if parameter.annotation_type:
-            signature[parameter.name] = parameter.annotation_type
-        elif not parameter.is_constexpr:
-            if (type_ := pointers.get(parameter.name.removesuffix("_ptr"))) is not None:
-                signature[parameter.name] = type_
-            else:
-                constants[parameter.name] = None
-    own = {p.name for p in kernel.params} - signature.keys()
-    return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": _WARPS}
-
-
-def aot_specs() -> Iterator[_Spec]:
+def aot_specs() -> Iterator[Spec]:
     """Forms of the kernels to compile ahead of time: the common ones, and those with every option."""
     for name, dtype in (("fp32", "*fp32"), ("bf16", "*bf16")):
         yield from _affine_specs(name, dtype)
         yield from _spline_specs(name, dtype)
         for base in ("normal", "logistic"):
-            constants = {"LOGISTIC": base == "logistic", "ALIGNED": True, "ROWS": 1, "COLUMNS": _TILE}
-            yield _spec(f"log_prob_{base}_{name}", log_prob_kernel, {"out": "*fp32", "z": dtype}, **constants)
+            pointers = {"out": "*fp32", "z": dtype}
+            yield spec(f"log_prob_{base}_{name}", log_prob_kernel, pointers, LOGISTIC=base == "logistic")
 
 
-def _affine_specs(name: str, dtype: str) -> Iterator[_Spec]:
+def _affine_specs(name: str, dtype: str) -> Iterator[Spec]:
     plain = {"MAP": 0, "INVERSE": False, "PERIODIC": False, "PARITY": -1, "WIDTH": 0, "HEIGHT": 0}
-    plain |= {"ALIGNED": True, "ROWS": 1, "COLUMNS": _TILE}
-    board, short = {"PARITY": 0, "WIDTH": 32, "HEIGHT": 32}, {"ROWS": _TILE // 64, "COLUMNS": 64}
+    board, short = {"PARITY": 0, "WIDTH": 32, "HEIGHT": 32}, {"ROWS": TILE // 64, "COLUMNS": 64}
     forms: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         "": ({}, {}),
         "_tanh_inverse": ({}, {"MAP": 1, "INVERSE": True}),
@@ -325,18 +257,18 @@ def _affine_specs(name: str, dtype: str) -> Iterator[_Spec]:
     backward = dict.fromkeys(("to_x", "to_shift", "to_scale", "grad", "output", "shift", "log_scale"), dtype)
     backward["grad_logdet"] = "*fp32"
     for form, (more, constants) in forms.items():
-        yield _spec(f"affine{form}_{name}", affine_kernel, forward | more, **plain | constants)
-        yield _spec(f"affine_backward{form}_{name}", affine_backward_kernel, backward | more, **plain | constants)
+        yield spec(f"affine{form}_{name}", affine_kernel, forward | more, **plain | constants)
+        yield spec(f"affine_backward{form}_{name}", affine_backward_kernel, backward | more, **plain | constants)
     additive = {key: forward[key] for key in ("out", "x", "shift")}
-    yield _spec(f"additive_{name}", affine_kernel, additive, **plain)
+    yield spec(f"additive_{name}", affine_kernel, additive, **plain)
 
 
-def _spline_specs(name: str, dtype: str) -> Iterator[_Spec]:
+def _spline_specs(name: str, dtype: str) -> Iterator[Spec]:
     raw = ("x", "widths", "heights", "derivatives")
     forward = dict.fromkeys(("out", *raw), dtype) | {"logdet": "*fp32"}
     backward = dict.fromkeys(("to_x", "to_widths", "to_heights", "to_derivatives", "grad", *raw), dtype)
     backward["grad_logdet"] = "*fp32"
-    plain = {"TAILS": True, "INVERSE": False, "ROWS": 1, "COLUMNS": _SPLINE_TILE}
+    plain = {"TAILS": True, "INVERSE": False, "COLUMNS": _SPLINE_TILE}
     eight = _bins(8, 8, 8, 7)
     forms: dict[str, dict[str, Any]] = {
         "": eight,
@@ -347,8 +279,8 @@ def _spline_specs(name: str, dtype: str) -> Iterator[_Spec]:
         "_32_bins": _bins(32, 32, 32, 31),
     }
     for form, constants in forms.items():
-        yield _spec(f"spline{form}_{name}", spline_kernel, forward, **plain | constants)
-        yield _spec(f"spline_backward{form}_{name}", spline_backward_kernel, backward, **plain | constants)
+        yield spec(f"spline{form}_{name}", spline_kernel, forward, **plain | constants)
+        yield spec(f"spline_backward{form}_{name}", spline_backward_kernel, backward, **plain | constants)
 
 
 def _bins(count: int, *strides: int) -> dict[str, int]:

@@ -4,8 +4,6 @@ A program works on a part of one long sample or on several short ones, as a tile
 sample is that of the sample, or one of its parts, which are added up in a fixed order: there are no atomics.
 """
 
-# mypy: ignore-errors
-# The bodies of @triton.jit functions are not Python: their arguments have no Python type.
 from __future__ import annotations
 
 import triton

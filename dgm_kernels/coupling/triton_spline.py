@@ -4,8 +4,6 @@ Raw parameters are read and gradients written in the order of memory; in between
 of its bins in registers. Sums over samples are as in ``triton_affine.py``.
 """
 
-# mypy: ignore-errors
-# The bodies of @triton.jit functions are not Python: their arguments have no Python type.
 from __future__ import annotations
 
 import triton
@@ -180,14 +178,14 @@ def _slope_terms(xi, rest, s, d0, d1):
 
 @triton.jit
 def _find_bin(
-    u, at, exists, widths, heights, derivatives_ptr, bound, settings, DERIVATIVE_STRIDE: tl.constexpr,
-    K: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
+    u, at, exists, widths, heights, derivatives_ptr, settings, DERIVATIVE_STRIDE: tl.constexpr, K: tl.constexpr,
+    TAILS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The bin of u, its number k, (x_k, y_k, w, h, d0, d1), and the place of u in it, (xi, 1 - xi).
+    """The number k of the bin of u, the bin (x_k, y_k, w, h, d0, d1), and the place of u in it (xi, 1 - xi).
 
-    For the gradients also the raw derivatives.
+    For the gradients also the raw derivatives at both of its ends.
     """
-    least_width, least_height, min_derivative = settings
+    bound, least_width, least_height, min_derivative = settings
     if INVERSE:
         k, y_k, h = _search(heights, least_height, u, bound, K)
         x_k, w = _pick(widths, least_width, k, bound, K)
@@ -201,7 +199,7 @@ def _find_bin(
     else:
         xi = _clamp((u - x_k) / w, 0.0, 1.0)
         rest = 1.0 - xi
-    return k, (x_k, y_k, w, h, d0, d1), (xi, rest), (raw0, raw1)
+    return k, x_k, y_k, w, h, d0, d1, xi, rest, raw0, raw1
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -219,13 +217,11 @@ def spline_kernel(
     inside = tl.abs(x) <= bound
     widths = _shares(widths_ptr, at, exists, least_width, WIDTH_STRIDE, K, ROWS * COLUMNS, LEVELS)
     heights = _shares(heights_ptr, at, exists, least_height, HEIGHT_STRIDE, K, ROWS * COLUMNS, LEVELS)
-    settings = (least_width, least_height, min_derivative)
-    _, bin, place, _ = _find_bin(
-        tl.where(inside, x, 0.0), at, exists, widths, heights, derivatives_ptr, bound, settings,
-        DERIVATIVE_STRIDE, K, TAILS, INVERSE,
-    )  # fmt: skip
-    x_k, y_k, w, h, d0, d1 = bin
-    xi, rest = place
+    u = tl.where(inside, x, 0.0)
+    settings = (bound, least_width, least_height, min_derivative)
+    _, x_k, y_k, w, h, d0, d1, xi, rest, _, _ = _find_bin(
+        u, at, exists, widths, heights, derivatives_ptr, settings, DERIVATIVE_STRIDE, K, TAILS, INVERSE
+    )
     s = h / w
     numerator, denominator = _slope_terms(xi, rest, s, d0, d1)
     log_slope = tl.log(numerator * (s / denominator) * (s / denominator))
@@ -321,14 +317,11 @@ def spline_backward_kernel(
     b = tl.zeros_like(g)
     if grad_logdet_ptr is not None:
         b = tl.load(grad_logdet_ptr + row, exists & inside, other=0.0)
-    settings = (least_width, least_height, min_derivative)
-    k, bin, place, raw_slopes = _find_bin(
-        tl.where(inside, x, 0.0), at, exists, widths, heights, derivatives_ptr, bound, settings,
-        DERIVATIVE_STRIDE, K, TAILS, INVERSE,
-    )  # fmt: skip
-    x_k, y_k, w, h, d0, d1 = bin
-    xi, rest = place
-    raw0, raw1 = raw_slopes
+    u = tl.where(inside, x, 0.0)
+    settings = (bound, least_width, least_height, min_derivative)
+    k, x_k, y_k, w, h, d0, d1, xi, rest, raw0, raw1 = _find_bin(
+        u, at, exists, widths, heights, derivatives_ptr, settings, DERIVATIVE_STRIDE, K, TAILS, INVERSE
+    )
     a = tl.where(inside, g, 0.0)
     if INVERSE:
         to_left = a

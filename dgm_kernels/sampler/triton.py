@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._core.backends import interpreted
+from .._core.triton import TILE, Grid, Spec, cut, launch, spec
 
-_TILE = 1024  # elements of a program: 8 a thread, two 16-byte accesses in float32 and one in 16 bits
-_WARPS = 4
 # Numbers that change from call to call: a kernel must not be compiled for their value.
 _FREE = (
     "batch", "elements", "blocks", "rows", "step", "step_stride", "guidance_scale",
@@ -305,21 +302,10 @@ def _loss_kernel(
     tl.store(partial_ptr + row * blocks + column // COLUMNS, scale * squares, in_batch)
 
 
-class _Grid(NamedTuple):
-    """How a ``[batch, elements]`` tensor is cut into programs."""
-
-    programs: tuple[int, int, int]
-    numbers: tuple[int, int, int]  # batch, elements, blocks of columns
-    tile: tuple[bool, int, int]  # ALIGNED, ROWS, COLUMNS
-
-
 @functools.lru_cache(maxsize=1024)
-def _grid(batch: int, elements: int) -> _Grid:
-    columns = 4 if elements <= 4 else 64 if elements <= 64 else _TILE  # short samples share a program
-    rows = _TILE // columns
-    blocks = -(-elements // columns)
-    # All on the first axis of the grid: the others end at 65535.
-    return _Grid((-(-batch // rows) * blocks, 1, 1), (batch, elements, blocks), (elements % 8 == 0, rows, columns))
+def _grid(batch: int, elements: int) -> Grid:
+    columns = 4 if elements <= 4 else 64 if elements <= 64 else TILE  # short samples share a program
+    return cut(batch, elements, columns)
 
 
 class _Key(NamedTuple):
@@ -343,9 +329,6 @@ def _stride(index: Tensor | None) -> int:
     return int(index is not None and index.numel() != 1)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
 def _launch(
     kernel: Any,
     like: Tensor,
@@ -353,34 +336,13 @@ def _launch(
     numbers: tuple[int | float, ...],
     constant: bool | int,
 ) -> None:
-    """Cuts ``like`` into programs and launches the kernel on the current stream of its device.
-
-    From the second call on the compiled kernel is launched as it is: finding out anew which one is meant costs Triton
-    several times what a launch costs. Dtypes and alignments of the tensors and constants decide it, numbers do not.
-    """
+    """Cuts ``like`` into programs and launches the kernel, which has one constant of its own."""
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError(
             f"the kernels take contiguous tensors, got strides {[t.stride() for t in tensors if t is not None]}"
         )
-    programs, sizes, tile = _grid(like.shape[0], like.numel() // like.shape[0])
-    args = (*tensors, *numbers, *sizes, constant, *tile)
-    forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-    which = (id(kernel), like.device, constant, tile, *forms)
-    with _on(like.device):
-        compiled = _compiled.get(which)
-        if compiled is not None:
-            compiled[programs](*args)
-        elif not interpreted() and torch.version.hip is None:  # AMD's compiler looks at the sizes of tensors, too
-            _compiled[which] = kernel[programs](*args, num_warps=_WARPS)
-        else:
-            kernel[programs](*args)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; the interpreter has none."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
+    elements = like.numel() // like.shape[0]
+    launch(kernel, _grid(like.shape[0], elements), tensors, numbers, (constant, elements % 8 == 0))
 
 
 def noise_like(like: Tensor, noise: Tensor | None, *args: Any) -> Tensor:
@@ -463,29 +425,10 @@ def denoising_loss(
     return loss, model_output.new_empty(0) if residual is None else residual
 
 
-_Spec = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
-
-
-def _spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> _Spec:
-    """What one form of a kernel is compiled from; tensors that are not named are absent."""
-    constants = {"ALIGNED": True, "ROWS": 1, "COLUMNS": _TILE, **constants}
-    signature: dict[str, str] = {}
-    for parameter in kernel.params:
-        if parameter.annotation_type:
-            signature[parameter.name] = parameter.annotation_type
-        elif not parameter.is_constexpr:
-            if (type_ := pointers.get(parameter.name.removesuffix("_ptr"))) is not None:
-                signature[parameter.name] = type_
-            else:
-                constants[parameter.name] = None
-    own = {p.name for p in kernel.params} - signature.keys()
-    return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": _WARPS}
-
-
-def aot_specs() -> Iterator[_Spec]:
+def aot_specs() -> Iterator[Spec]:
     """Forms of the kernels to compile ahead of time: the common ones, and those with every option."""
     for name, dtype in (("fp32", "*fp32"), ("bf16", "*bf16")):
-        yield _spec(f"noise_like_{name}", _noise_kernel, {"out": dtype}, KIND=0)
+        yield spec(f"noise_like_{name}", _noise_kernel, {"out": dtype}, KIND=0)
         step = {"out": dtype, "x": dtype, "model_output": dtype, "rows": "*fp32"}
         key = {"seed": "*i64", "key_step": "*i64", "samples": "*i64"}
         more = dict.fromkeys(("clean", "history", "unconditional", "known"), dtype)
@@ -498,8 +441,8 @@ def aot_specs() -> Iterator[_Spec]:
             "step_every_option": (every, {"DRAWN": True}),
         }
         for form, (pointers, constants) in forms.items():
-            yield _spec(f"{form}_{name}", _step_kernel, pointers, **constants)
+            yield spec(f"{form}_{name}", _step_kernel, pointers, **constants)
         training = {"x0": dtype, "rows": "*fp32", "t": "*i64"}
-        yield _spec(f"add_noise_{name}", _add_noise_kernel, {"out": dtype, **training}, DRAWN=True)
+        yield spec(f"add_noise_{name}", _add_noise_kernel, {"out": dtype, **training}, DRAWN=True)
         loss = {"partial": "*fp32", "residual": dtype, "model_output": dtype, **training}
-        yield _spec(f"denoising_loss_{name}", _loss_kernel, loss, DRAWN=True)
+        yield spec(f"denoising_loss_{name}", _loss_kernel, loss, DRAWN=True)
