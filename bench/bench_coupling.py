@@ -28,6 +28,8 @@ from bench.flow_baselines import (
     made,
     made_pass,
     plain_affine,
+    plain_logistic,
+    plain_normal,
     plain_spline,
     real_nvp,
     spelled_out_sums,
@@ -49,8 +51,6 @@ from tests.coupling_cases import (
     SMALL_SHAPE,
     SPLINE_BINS,
     SPLINE_SHAPE,
-    eager_logistic,
-    eager_normal,
     unchanged,
 )
 
@@ -154,8 +154,10 @@ def affine(
         return plain_affine(x, shift, log_scale, mask=keep, scale_map=scale_map, inverse=inverse)
 
     def make_operands() -> Sequence[Tensor]:
-        x, shift, log_scale = torch.randn(3, *shape).to(dtype).unbind()
-        return x, shift, -log_scale.abs()  # nflows has no scales above 1.001
+        x = torch.randn(shape).to(dtype)
+        output = torch.randn(shape[0], 2, *shape[1:]).to(dtype)  # of a network: shift and log-scale of every sample
+        output[:, 1] = -output[:, 1].abs()  # nflows has no scales above 1.001
+        return x, *output.unbind(1)
 
     def convert(shift: Tensor, log_scale: Tensor) -> Operands:
         return flow_peers.affine_parameters(shift, SCALE_MAPS[scale_map](log_scale.double()))
@@ -239,7 +241,8 @@ def maf_inverse(setup: Setup, batch: int, bars: Bars = bars_at_two_threads) -> C
     """
     torch.manual_seed(0)
     networks = [made(MADE_FEATURES, MADE_HIDDEN, bool(i % 2), setup.device) for i in range(MADE_LAYERS)]
-    wide = [network.double() for network in networks]
+    masked = [network.masked() for network in networks]
+    wide = [network.double() for network in masked]
     batches = -(-MADE_CHECKED // batch)  # the first is timed, all are checked: the error of one sample says little
 
     def fused(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +261,7 @@ def maf_inverse(setup: Setup, batch: int, bars: Bars = bars_at_two_threads) -> C
     contenders, missing = ours(of_first(fused), setup, natives=("cpp",), check=of_all(fused))
     found, absent = installed({"zuko": partial(flow_peers.zuko_maf, networks)})
     steps = variants(made_pass, setup).items()
-    others = {name: partial(inverse_by_passes, step, networks=networks) for name, step in steps} | found
+    others = {name: partial(inverse_by_passes, step, networks=masked) for name, step in steps} | found
     contenders |= {name: Contender(of_first(inverse), of_all(inverse)) for name, inverse in others.items()}
     weights = sum(int(mask.sum()) for network in networks for mask in network.masks())
     return Case(
@@ -321,8 +324,8 @@ CASES: dict[str, Callable[[Setup], Case]] = {
     "spline-train": partial(spline, train=True, bars=partial(bars_at_two_threads, eager=10, compile=3)),
     "made": partial(maf_inverse, batch=1024, bars=partial(bars_at_two_threads, eager=25, zuko=20)),
     "made-1": partial(maf_inverse, batch=1, bars=partial(bars_at_two_threads, eager=1)),
-    "normal": partial(log_prob, name="normal", fused=standard_normal_log_prob, plain=eager_normal),
-    "logistic": partial(log_prob, name="logistic", fused=logistic_log_prob, plain=eager_logistic),
+    "normal": partial(log_prob, name="normal", fused=standard_normal_log_prob, plain=plain_normal),
+    "logistic": partial(log_prob, name="logistic", fused=logistic_log_prob, plain=plain_logistic),
     "reversible": partial(reversible, bars=partial(bars_at_two_threads, memory=10)),
 }
 

@@ -1,6 +1,7 @@
 """Layers and networks of flows as a user writes them: the baselines of the coupling op's cases."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,16 @@ def plain_spline(
     return torch.where(inside, y, x), logdet
 
 
+def plain_normal(z: Tensor, logdet: Tensor) -> Tensor:
+    """Log-density under a standard normal base, in as few passes over z as eager PyTorch allows."""
+    return logdet - 0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+def plain_logistic(z: Tensor, logdet: Tensor) -> Tensor:
+    """Log-density under a standard logistic base, likewise."""
+    return logdet - z.sum(1) - 2 * F.softplus(-z).sum(1)
+
+
 class Made(NamedTuple):
     """Weights, biases and degrees of a masked autoregressive network, as `made_inverse` takes them."""
 
@@ -85,6 +96,11 @@ class Made(NamedTuple):
 
     def double(self) -> "Made":
         return Made([w.double() for w in self.weights], [b.double() for b in self.biases], self.degrees)
+
+    def masked(self) -> "Made":
+        """With 0 in place of the weights that do not count."""
+        weights = [weight * mask for weight, mask in zip(self.weights, self.masks(), strict=True)]
+        return Made(weights, self.biases, self.degrees)
 
     def masks(self) -> list[Tensor]:
         """Which weights count: those to a unit of at least the same degree, in the last layer of a greater one."""
@@ -112,13 +128,15 @@ def made_pass(x: Tensor, z: Tensor, weights: list[Tensor], biases: list[Tensor])
 
 
 def inverse_by_passes(step: Callable[..., Any], z: Tensor, networks: Sequence[Made]) -> tuple[Tensor, Tensor]:
-    """As many passes through each network as there are features; `step` is `made_pass`, compiled or not."""
+    """As many passes through each network as there are features; `step` is `made_pass`, compiled or not.
+
+    The networks are `masked`, once for all calls.
+    """
     total = torch.zeros_like(z[:, 0])
     for network in networks:
-        weights = [weight * mask for weight, mask in zip(network.weights, network.masks(), strict=True)]
         x = torch.zeros_like(z)
         for _ in range(z.shape[1]):
-            x, log_scale = step(x, z, weights, network.biases)
+            x, log_scale = step(x, z, network.weights, network.biases)
         z, total = x, total - log_scale.sum(1)
     return z, total
 

@@ -11,7 +11,7 @@ from bench import bench_coupling, flow_baselines
 from bench.compare import Case, Setup, check, make_input_sets
 from dgm_kernels import logistic_log_prob
 from tests.cases import NATIVE
-from tests.coupling_cases import eager_logistic, eager_spline
+from tests.coupling_cases import eager_spline
 
 SETUP = Setup(torch.device("cpu"), torch.get_num_threads())
 SMALL = {
@@ -54,7 +54,7 @@ def check_case(case: Case) -> set[str]:
         (lambda: bench_coupling.spline(SETUP), PEERS),
         (lambda: bench_coupling.spline(SETUP, inverse=True), PEERS),
         (lambda: bench_coupling.spline(SETUP, train=True), {"nflows"}),
-        (lambda: bench_coupling.log_prob(SETUP, "logistic", logistic_log_prob, eager_logistic), set()),
+        (lambda: bench_coupling.log_prob(SETUP, "logistic", logistic_log_prob, flow_baselines.plain_logistic), set()),
         (lambda: bench_coupling.maf_inverse(SETUP, batch=5), {"zuko"}),
         (lambda: bench_coupling.maf_inverse(SETUP, batch=1), {"zuko"}),
         (lambda: bench_coupling.reversible(SETUP), set()),
@@ -85,13 +85,13 @@ def test_passes_invert_the_network() -> None:
     """Feature by feature, the slow way: x is what the pass computes from x itself."""
     network = flow_baselines.made(6, (11, 13), reverse=True, device=SETUP.device).double()
     z = torch.randn(4, 6, dtype=torch.float64)
-    x, _ = flow_baselines.inverse_by_passes(flow_baselines.made_pass, z, [network])
+    x, _ = flow_baselines.inverse_by_passes(flow_baselines.made_pass, z, [network.masked()])
     masked: list[Any] = [w * m for w, m in zip(network.weights, network.masks(), strict=True)]
     again, _ = flow_baselines.made_pass(x, z, masked, network.biases)
     torch.testing.assert_close(again, x)
 
     def inverse(z: Tensor) -> Tensor:
-        return flow_baselines.inverse_by_passes(flow_baselines.made_pass, z, [network])[0]
+        return flow_baselines.inverse_by_passes(flow_baselines.made_pass, z, [network.masked()])[0]
 
     slope = torch.autograd.functional.jacobian(inverse, z[0:1])[0, :, 0]
     order = network.degrees[0].argsort()
