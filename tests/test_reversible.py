@@ -1,6 +1,7 @@
 """dgm_kernels.nn.Reversible: the gradients of the plain chain, in a memory that does not grow with the depth."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils import checkpoint
 
 import dgm_kernels
 from bench.timing import peak_memory
-from dgm_kernels import affine_coupling, permute_channels
+from dgm_kernels import additive_coupling, affine_coupling, permute_channels
 from dgm_kernels.nn import ActNorm, Coupling, Reversible
 from tests.contract import assert_compiles, assert_vmap, max_error
 from tests.reversible_layers import (
@@ -386,8 +387,8 @@ def test_bad_layers():
         Reversible([permute_channels])
     with pytest.raises(ValueError, match="tolerance must be None or positive, got 0"):
         Reversible([ActNorm(3)], tolerance=0)
-    with pytest.raises(NotImplementedError, match="Coupling must define condition"):
-        Reversible([Coupling()])(torch.randn(2, 3))
+    with pytest.raises(TypeError, match="abstract class Coupling with abstract methods condition"):
+        Coupling()
 
 
 def test_bad_calls():
@@ -452,3 +453,50 @@ def test_memory_of_a_64_layer_realnvp_is_at_most_a_tenth():
 def test_memory_does_not_grow_with_the_depth():
     (shallow, few), (deep, many) = (training_peak(Affine, depth, 512, reversible=True) for depth in (4, 32))
     assert deep - many <= 1.05 * (shallow - few) + 28 * 16384, "beyond the gradients of the parameters"
+
+
+class Shift(Coupling):
+    """Additive, with one parameter, a network whose buffers change in every call, and optionally a flip around it."""
+
+    def __init__(self, flipped: bool = False, normalized: bool = False) -> None:
+        super().__init__()
+        linear = nn.Linear(4, 4)
+        self.net = nn.utils.parametrizations.spectral_norm(linear) if normalized else linear
+        self.flipped = flipped
+
+    def condition(self, x: Tensor) -> Tensor:
+        return self.net(x[:, :4])
+
+    def transform(self, x: Tensor, *parameters: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        return additive_coupling(x, *parameters, mask="channels", inverse=inverse)
+
+
+class Flipped(Shift):
+    """Calling it is more than condition and transform."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x.flip(1))
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = super().inverse(y)
+        return x.flip(1), logdet
+
+
+@pytest.mark.parametrize("layer", [Shift, partial(Shift, normalized=True), Flipped, partial(Flipped, normalized=True)])
+def test_gradients_of_layers_that_are_more_than_a_network(layer):
+    plain = [layer().double() for _ in range(4)]
+    deep = Reversible(copy.deepcopy(plain))
+
+    def gradients(chain, parameters):
+        x = torch.linspace(-1, 1, 40, dtype=torch.float64).view(5, 8).requires_grad_()
+        y = chain(x)
+        return torch.autograd.grad(y.square().sum(), [x, *parameters])
+
+    def in_turn(x):
+        for one in plain:
+            x, _ = one(x)
+        return x
+
+    expected = gradients(in_turn, [p for one in plain for p in one.parameters()])
+    actual = gradients(lambda x: deep(x)[0], list(deep.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)

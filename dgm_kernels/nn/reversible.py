@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,23 +18,23 @@ from .._core.checks import check_batch
 RngState = tuple[Tensor, ...]  # of the CPU, and of the device if that is another
 
 
-class Coupling(nn.Module):
+class Coupling(nn.Module, ABC):
     """Base class of coupling layers: a transform whose parameters are a function of what it leaves unchanged.
 
     A subclass defines :meth:`condition` and :meth:`transform`. What it gains over a module with ``forward`` and
     ``inverse`` of its own: the backward pass of :class:`Reversible` evaluates ``condition`` once instead of twice.
     """
 
+    @abstractmethod
     def condition(self, x: Tensor, *context: Any) -> Tensor | tuple[Tensor, ...]:
         """The parameter or parameters of the transform.
 
         May read only those elements of ``x`` that ``transform`` does not change.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define condition")
 
+    @abstractmethod
     def transform(self, x: Tensor, *parameters: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """``(y, logdet)`` of the layer with these parameters, or of its inverse."""
-        raise NotImplementedError(f"{type(self).__name__} must define transform")
 
     def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         """y and the log-determinant."""

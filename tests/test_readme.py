@@ -1,0 +1,56 @@
+"""The Python of the README runs, and its flow trains every one of its parameters."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def section(title: str) -> dict[str, Any]:
+    """Runs the first Python block below a heading; returns its names."""
+    import dgm_kernels
+
+    block = re.search(rf"^#+ {title}$.*?^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert block is not None, f"no Python below {title!r}"
+    names: dict[str, Any] = {"torch": torch, "dgm": dgm_kernels}
+    exec(compile(block[1], f"README: {title}", "exec"), names)
+    return names
+
+
+def test_first_example():
+    x = section("dgm-kernels")["x"]
+    assert x.shape == (64, 3, 64, 64) and x.isfinite().all()
+
+
+def test_flows():
+    names = section("Flows")
+    assert names["loss"].isfinite()
+    parameters = list(names["flow"].parameters())
+    assert len(parameters) == 32
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters)
+
+
+def test_every_block_is_python():
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        if not block.startswith(">>>"):
+            compile(block, "README", "exec")
+
+
+def test_functions_of_the_table_exist():
+    import dgm_kernels
+
+    table = README[README.index("## What is in it") : README.index("**The same seed")]
+    names = [name for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([\w.]+)", row)]
+    assert len(names) > 15
+    for name in names:
+        value: Any = dgm_kernels
+        for part in name.split("."):
+            if not hasattr(value, part):
+                pytest.fail(f"README names {name}, which dgm_kernels does not have")
+            value = getattr(value, part)
