@@ -174,7 +174,7 @@ def rational_quadratic_spline(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value; without tails also if an ``x``
-            on the CPU is outside the domain (on a GPU, which is not awaited, the result is NaN).
+            on the CPU is outside the domain (on a GPU, which is not awaited, and in compiled code the result is NaN).
 
     Source: Durkan et al., "Neural Spline Flows", 2019; the parametrisation is that of its authors' library nflows.
     """

@@ -217,7 +217,7 @@ def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[T
 
     Args:
         x: ``[batch, C, ...]``; with ``inverse`` the y.
-        vectors: ``[k, C]``; any ``k <= C`` of them.
+        vectors: ``[k, C]``; any number of them.
         inverse: computes x from y.
 
     Returns:
