@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import inspect
 import json
 import math
+import numbers
 import operator
 import pathlib
 import types
@@ -63,6 +65,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         sample_shape: the shape of one sample.
         conditional: whether ``cond`` is understood.
         levels: number of grey levels of the data in [-1, 1], equally spaced; None for continuous data.
+        exact_likelihood: whether :meth:`log_prob` is that of the data themselves, so that no bound of it is needed.
         default_settings: the values of ``train.Settings`` that suit the family better than the defaults there.
     """
 
@@ -70,6 +73,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
     sample_shape: tuple[int, ...]
     conditional: bool = False
     levels: int | None = None
+    exact_likelihood: bool = False
     default_settings: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
 
     def __new__(cls, *args: Any, **config: Any) -> Self:
@@ -147,6 +151,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         n = check_positive("n", n)
         batch_size = n if batch_size is None else check_positive("batch_size", batch_size)
         cond = self._check_cond(cond, n)
+        self._check_option_names(options)
         options = {name: self._check_option(name, value, n) for name, value in options.items()}
         with self._evaluating():
             parts = [
@@ -177,17 +182,25 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Exact log-density (continuous data) or log-probability (grey levels) in nats, ``[batch]``.
 
+        A family that dequantises grey levels gives the exact log-density of one dequantisation, in nats per level: a
+        random number whose mean is a lower bound of the log-probability, which :meth:`elbo` bounds more tightly.
+
         Raises:
             DensityUnavailable: there is none that can be computed; the message says why.
         """
         raise DensityUnavailable(f"{self.model_name} has no density that can be computed")
 
     def elbo(self, x: Tensor, k: int = 1, cond: Tensor | None = None) -> Tensor:
-        """A lower bound of :meth:`log_prob` in nats, ``[batch]``; for k > 1 the importance-weighted one.
+        """A random lower bound of the log-likelihood in nats, ``[batch]``; for k > 1 the importance-weighted one.
+
+        It bounds the log-density of continuous data and the log-probability of grey levels, those of a family that
+        dequantises them too; where the family has the exact one, it is that.
 
         Raises:
             DensityUnavailable: there is no such bound; the message says why.
         """
+        if self.exact_likelihood:
+            return self.log_prob(x, cond)
         raise DensityUnavailable(f"{self.model_name} has no lower bound of its density")
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:
@@ -205,13 +218,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
             self.train(training)
 
     def _check_batch(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if tuple(x.shape[1:]) != tuple(self.sample_shape):
-            expected = ", ".join(["batch", *map(str, self.sample_shape)])
-            raise ValueError(f"x must have shape ({expected}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
+        check_batch("x", x, self.sample_shape)
 
     def _check_data(self, x: Tensor) -> None:
         """:meth:`_check_batch`, and that the values are grey levels if the data has them."""
@@ -234,6 +241,17 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         if cond.dim() == 0 or cond.shape[0] != n:
             raise ValueError(f"cond must have one entry for each of the {n} samples, got shape {tuple(cond.shape)}")
         return cond.to(self.device)
+
+    def _check_option_names(self, options: Mapping[str, Any]) -> None:
+        """That :meth:`_sample` knows them; one that takes any looks at them itself."""
+        parameters = inspect.signature(self._sample).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+        known = [p.name for p in parameters if p.name not in ("n", "seed", "cond", "first_sample")]
+        for name in options:
+            if name not in known:
+                listing = f"its options are {', '.join(known)}" if known else "it has none"
+                raise TypeError(f"sample of {self.model_name} has no option {name!r}; {listing}")
 
     def _check_option(self, name: str, value: Any, n: int) -> Any:
         """An option of :meth:`sample`; a tensor comes to the model's device."""
@@ -303,6 +321,39 @@ def check_natural(name: str, value: int) -> int:
     if number is None or number < 0:
         raise ValueError(f"{name} must be a non-negative int, got {value!r}")
     return number
+
+
+def check_number(name: str, value: float) -> float:
+    """``value`` if it is a real number, NumPy's too, else an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_positive_number(name: str, value: float) -> float:
+    """``value`` if it is a positive finite number, else an error that names it."""
+    number = check_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return number
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """``value`` if it is True or False, else an error that names it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_batch(name: str, value: Tensor, shape: Sequence[int]) -> None:
+    """Raises an error that names ``value`` unless it is a floating-point tensor ``[batch, *shape]``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() == 0 or tuple(value.shape[1:]) != tuple(shape):
+        expected = ", ".join(["batch", *map(str, shape)])
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must hold floating-point numbers, got {value.dtype}")
 
 
 def check_sizes(name: str, value: Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import dgm_kernels
 from dgm_kernels import NoiseKey
-from dgm_models import create_model, list_models
+from dgm_models import create_model, from_pretrained, list_models
 from dgm_models.__main__ import main
 from dgm_models.data import digits
 from dgm_models.flows import check_invertible
@@ -60,9 +61,9 @@ def test_D2_logdet_is_the_diagonal_and_the_slopes(lower: bool) -> None:
 
 
 def test_D2_slope_0_is_refused() -> None:
-    model = create_model("invertible_mlp", image_shape=(4,), levels=None, negative_slope=0.0)
-    with pytest.raises(ValueError, match=r"negative_slope must be positive .*, got 0.0"):
-        model.log_prob(torch.zeros(1, 4))
+    """There would be no inverse."""
+    with pytest.raises(ValueError, match=r"negative_slope must be a positive finite number, got 0.0"):
+        create_model("invertible_mlp", image_shape=(4,), levels=None, negative_slope=0.0)
 
 
 def test_D2_the_last_layer_has_no_activation() -> None:
@@ -147,6 +148,41 @@ def test_D6_D7_autoregressive_layers_read_only_what_comes_before(
     full = full.transpose(1, 2) if backwards else full
     assert torch.equal(full, full.tril())
     assert full.abs().amax(0)[torch.ones(5, 5).tril().bool()].ne(0).all(), "and all that comes before"
+
+
+@pytest.mark.parametrize("hidden", [(1,), (3,), (4, 16), (16, 4), (5, 3)])
+def test_D6_D7_small_hidden_layers_pass_on_all_that_their_degrees_allow(hidden: tuple[int, ...]) -> None:
+    """A layer of n < D - 1 units has n degrees, evenly spaced up to D - 1; wider ones have all of them."""
+    features = 9
+    made = AffineAutoregressive(features, False, "tanh", hidden=hidden, activation="tanh")
+    layer, x = perturbed(made), normal(10, features)
+    spaced = {1: [8], 3: [2, 5, 8], 4: [2, 4, 6, 8], 5: [1, 3, 4, 6, 8], 16: [*range(1, 9), *range(1, 9)]}
+    degrees = [spaced[size] for size in hidden]
+    assert [found.tolist() for found in layer.net.degrees[1:]] == degrees
+    expected = torch.eye(features).bool()
+    for place in range(1, features + 1):
+        reach = max((degree for degree in degrees[-1] if degree < place), default=0)
+        for inner in degrees[-2::-1]:
+            reach = max((degree for degree in inner if degree <= reach), default=0)
+        expected[place - 1, :reach] = True
+    assert bool(expected[-1].all()), "the last one reads everything"
+    assert torch.equal((jacobian(lambda x: layer(x)[0], x) != 0).any(0), expected)
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)
+
+
+def test_D6_wide_hidden_layers_have_every_degree_in_turn() -> None:
+    net = create_model("maf", image_shape=(5,), levels=None, depth=1, hidden=(4, 7)).flow.layers[1].net
+    assert [degrees.tolist() for degrees in net.degrees[1:]] == [[1, 2, 3, 4], [1, 2, 3, 4, 1, 2, 3]]
+
+
+def test_D6_dropout_is_by_default_what_the_direction_allows(tmp_path: pathlib.Path) -> None:
+    for fast, expected in (("density", 0.2), ("sampling", 0.0)):
+        model = create_model("maf", image_shape=(6,), levels=None, hidden=(8,), fast=fast)
+        model.save_pretrained(tmp_path / fast)
+        for each in (model, from_pretrained(tmp_path / fast)):
+            assert {module.p for module in each.modules() if isinstance(module, nn.Dropout)} == {expected}
+            assert each.config["dropout"] is None
+    assert create_model("maf", fast="sampling", dropout=0).config["dropout"] == 0
 
 
 @pytest.mark.parametrize("name", ["maf", "spline"])
@@ -236,8 +272,12 @@ def even_in_x1(x: Tensor) -> Tensor:
         (lambda x: x**3 - x, ["fold", "collision"]),
         (lambda x: x.sort(1).values, ["fold", "collision"]),
         (lambda x: torch.ones_like(x), ["singular", "collision"]),
+        (lambda x: x.softmax(1), ["singular", "collision"]),
+        (lambda x: x**2 * torch.tensor([1.0, 1.0, 1e-9]), ["fold", "collision"]),
         (lambda x: x[:, :2], ["dimension"]),
+        (lambda x: x.sum(1), ["dimension"]),
         (torch.log, ["not finite"]),
+        (lambda x: torch.where(x > 0, x.sqrt(), x), ["not finite"]),
     ],
 )
 def test_D9_the_checker_says_why_with_points_that_show_it(fn: Callable[[Tensor], Tensor], kinds: list[str]) -> None:
@@ -256,6 +296,20 @@ def test_D9_the_checker_says_why_with_points_that_show_it(fn: Callable[[Tensor],
         assert float(torch.linalg.det(torch.cat([jacobian(fn, a[None]), jacobian(fn, b[None])])).prod()) <= 0
 
 
+def rotation() -> Tensor:
+    return torch.linalg.matrix_exp(torch.tensor([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]]).double())
+
+
+def test_D9_what_rounds_to_one_point_is_found() -> None:
+    found = check_invertible(torch.sigmoid, (3,), scale=40.0)
+    assert [finding.kind for finding in found] == ["singular", "collision"]
+
+
+def test_D9_maps_of_the_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fn must map sample by sample: it makes shape \(\) of 32 samples"):
+        check_invertible(torch.sum, (3,))
+
+
 def test_D9_messages_name_the_reason() -> None:
     singular, _ = check_invertible(rank_one, (3,))
     assert singular.message == "the Jacobian is singular at 32 of 32 random points: it has rank 1 of 3"
@@ -265,11 +319,23 @@ def test_D9_messages_name_the_reason() -> None:
     assert torch.equal(a, b * torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64))
     (dimension,) = check_invertible(lambda x: x[:, :2], (3,))
     assert dimension.message == "maps 3 numbers to 2: the Jacobian is not square"
+    (slope,) = check_invertible(lambda x: torch.where(x > 0, x.sqrt(), x), (3,))
+    assert slope.message == "the Jacobian of a point is not finite"
+    assert bool((slope.points[0] < 0).any())
 
 
 def test_D9_maps_that_are_flows_pass() -> None:
     for fn in (torch.sinh, lambda x: nn.functional.leaky_relu(x, 0.1), lambda x: x.flip(1)):
         assert check_invertible(fn, (3,)) == []
+    for fn, scale in (
+        (torch.sigmoid, 10.0),
+        (torch.tanh, 4.0),
+        (torch.exp, 10.0),
+        (lambda x: torch.exp(10 * x), 1.0),
+        (lambda x: x * torch.tensor([1.0, 1.0, 1e-17]), 1.0),
+        (lambda x: x @ rotation().T @ torch.diag(torch.tensor([1.0, 1e-6, 1e-12]).double()) @ rotation(), 1.0),
+    ):
+        assert check_invertible(fn, (3,), scale=scale) == [], "flat, but no two points become one"
     for name in SMALL:
         assert check_invertible(small(name).transform, (6,), points=8) == [], name
 
@@ -351,8 +417,38 @@ def test_cli_trains_samples_and_evaluates_flows(
     assert matplotlib.image.imread(tmp_path / "s.png")[..., :3].std() > 0.01
     capsys.readouterr()
     assert main(["evaluate", "--from", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("log-likelihood, validation set, mean of 200 samples: nats -")
+    assert capsys.readouterr().out.startswith("ELBO, validation set, mean of 200 samples: nats -")
     assert main(["profile", name, "--what", "sample", "--batch-size", "2", "--out", str(tmp_path / "p.json")]) == 0
+
+
+def test_cli_evaluates_a_flow_with_the_draws_and_options_that_it_is_told(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, x = small("nice", image_shape=(1, 8, 8), levels=17), digits().validation.x
+    model.save_pretrained(tmp_path)
+    found = {}
+    for k, seed in ((1, 0), (4, 0), (4, 1)):
+        out = tmp_path / "result.json"
+        args = ["evaluate", "--from", str(tmp_path), "-k", str(k), "--set", f"seed={seed}", "--out", str(out)]
+        assert main([*args, "--device", "cpu"]) == 0
+        result = json.loads(out.read_text())
+        assert result["quantity"] == "ELBO"
+        assert result["nats"] == pytest.approx(float(model.elbo(x, k, seed=seed).mean()), rel=1e-6)
+        found[k, seed] = result["nats"]
+    assert found[4, 0] > found[1, 0]
+    assert found[4, 0] != found[4, 1]
+    small("nice", image_shape=(1, 8, 8), levels=None).save_pretrained(tmp_path)
+    assert main(["evaluate", "--from", str(tmp_path), "-k", "4"]) == 0
+    assert "log-likelihood, validation set" in capsys.readouterr().out
+    assert main(["evaluate", "--from", str(tmp_path), "--set", "times=4"]) == 2
+    assert "'times'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "expected"), [("true", True), ("False", False), ("FALSE", False)])
+def test_cli_understands_true_and_false(tmp_path: pathlib.Path, text: str, expected: bool) -> None:
+    args = ["train", "nice", "--out", str(tmp_path), "--steps", "1", "--quiet", "--device", "cpu"]
+    assert main([*args, "--set", f"reversible={text}", "--set", "depth=2"]) == 0
+    assert from_pretrained(tmp_path).config["reversible"] is expected
 
 
 @pytest.mark.parametrize("name", ["realnvp", "nice", "maf", "spline", "spline_coupling"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dgm_kernels
 from dgm_kernels import NoiseKey, noise_like
 from dgm_models import create_model, from_pretrained
 from dgm_models.data import Dataset, Split, digits
@@ -144,7 +145,7 @@ def uniform_flow(levels: int) -> Flow:
 
 
 def test_D1_a_uniform_density_has_log2_of_the_levels_bits() -> None:
-    model, x = uniform_flow(17), digits().test.x[:5, :, 2:5, 2:5].double()
+    model, x = uniform_flow(17), digits().validation.x[:5, :, 2:5, 2:5].double()
     for nats in (model.log_prob(x), model.elbo(x), model.elbo(x, k=3)):
         torch.testing.assert_close(model.bits_per_dim(nats), torch.full_like(nats, math.log2(17)), rtol=1e-9, atol=0)
     levels = ((model.sample(4000, seed=1) + 1) * 8).flatten()
@@ -179,6 +180,26 @@ def test_D1_sample_i_of_a_seed_is_always_the_same(name: str) -> None:
     assert bool((model.sample(500, temperature=0.1).var(0) < 0.5 * model.sample(500).var(0)).all())
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", SMALL)
+def test_D1_float32_samples_of_levels_are_the_same_however_drawn(name: str, backend: str) -> None:
+    """But for a pixel whose value, within rounding, is the border of two levels."""
+    model = small(name, noise=0.05, image_shape=(1, 4, 4), levels=17).float()
+    with dgm_kernels.use_backend(backend):
+        whole = model.sample(40, seed=5)
+        others = torch.stack(
+            [
+                model.sample(40, seed=5, batch_size=7),
+                torch.cat([model.sample(13, seed=5), model.sample(27, seed=5, first_sample=13)]),
+            ]
+        )
+    assert torch.equal((whole + 1) * 8, ((whole + 1) * 8).round())
+    assert len(whole.unique()) == 17
+    steps = ((others - whole) * 8).abs()
+    assert float(steps.max()) <= 1
+    assert float((steps > 0).double().mean()) < 0.005
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_D1_log_prob_of_levels_needs_only_the_sample_and_its_index(name: str) -> None:
     model, x = small(name, image_shape=(1, 8, 8), levels=17), digits().validation.x[:6].double()
@@ -205,6 +226,10 @@ def test_D1_level_noise_moves_levels_by_one_in_training_only() -> None:
     quiet.load_state_dict(model.state_dict())
     assert not torch.equal(model.train().loss(x, key=key), quiet.train().loss(x, key=key))
     assert torch.equal(model.eval().loss(x, key=key), quiet.eval().loss(x, key=key))
+    x = x[:10]
+    assert torch.equal(model.train().log_prob(x), quiet.log_prob(x)), "and not in the likelihood, whatever the mode"
+    assert torch.equal(model.elbo(x, k=2), quiet.elbo(x, k=2))
+    assert model.training
 
 
 def test_D1_prepare_standardises_the_data_once() -> None:
@@ -223,6 +248,53 @@ def test_D1_prepare_standardises_the_data_once() -> None:
     torch.testing.assert_close(z.mean(0), torch.zeros(3).double())
     torch.testing.assert_close(z.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]).double())
     torch.testing.assert_close(logdet, -x.std(0, correction=0)[:2].log().sum().expand(50))
+
+
+def test_D1_prepare_leaves_a_flow_alone_that_was_trained_by_hand() -> None:
+    model, x = new("maf", image_shape=(3,), depth=1).double(), 5 + normal(50, 3)
+    torch.optim.SGD(model.parameters(), lr=0.1).step(lambda: backward(model, x))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert bool((before["flow.layers.0.shift"] != 0).all())
+    model.prepare(x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def backward(model: Flow, x: Tensor) -> float:
+    loss = model.loss(x)
+    loss.backward()
+    return float(loss.detach())
+
+
+def test_D1_the_standardisation_is_saved(tmp_path: pathlib.Path) -> None:
+    model, x = new("realnvp"), 3 + 2 * normal(50, 6).float()
+    model.prepare(x)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert bool(loaded.standardization.fitted)
+    loaded.prepare(-x)
+    for found, expected in zip(loaded.standardization.parameters(), model.standardization.parameters(), strict=True):
+        assert bool((expected != 0).all())
+        assert torch.equal(found, expected)
+
+
+def test_D1_a_resumed_run_equals_an_uninterrupted_one(tmp_path: pathlib.Path) -> None:
+    def trainer(model: Flow, out: pathlib.Path | None = None) -> Trainer:
+        return Trainer(model, digits(), Settings(steps=12, batch_size=200, validate_every=5), out)
+
+    options = {"depth": 2, "hidden": (16,), "dropout": 0.3, "level_noise": 0.5}
+    torch.manual_seed(0)
+    whole = trainer(create_model("realnvp", **options))
+    whole.run(progress=False)
+    torch.manual_seed(0)
+    trainer(create_model("realnvp", **options), tmp_path).run(until=5, progress=False)
+    torch.manual_seed(1)
+    resumed = trainer(from_pretrained(tmp_path), tmp_path)
+    resumed.load()
+    resumed.run(progress=False)
+    assert (resumed.step, resumed.losses) == (12, whole.losses)
+    for name in ("model", "average"):
+        for key, value in getattr(whole, name).state_dict().items():
+            assert torch.equal(getattr(resumed, name).state_dict()[key], value), (name, key)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -252,14 +324,37 @@ def test_D1_flows_refuse_bad_input() -> None:
         ("maf", {"levels": 1}, "levels must be at least 2, got 1"),
         ("maf", {"margin": 0.5}, r"margin must be in \(0, 0.5\), got 0.5"),
         ("maf", {"level_noise": 2}, r"level_noise must be in \[0, 1\], got 2"),
+        ("maf", {"scale_map": None}, "scale_map must be one of exp, tanh, sigmoid, softclip, got None"),
+        ("realnvp", {"scale_map": None}, "scale_map must be one of exp, tanh, sigmoid, softclip, got None"),
+        ("realnvp", {"scale_map": "cosh"}, "scale_map must be one of exp, tanh, sigmoid, softclip, got 'cosh'"),
+        ("nice", {"activation": ["relu"]}, r"activation must be one of relu, tanh, elu, silu, got \['relu'\]"),
+        ("maf", {"fast": "sampling", "dropout": 0.2}, "dropout must be 0 with fast 'sampling', where .*; got 0.2"),
+        ("maf", {"fast": "sampling", "dropout": -1}, r"dropout must be in \[0, 1\), got -1"),
+        ("invertible_mlp", {"negative_slope": 0.0}, "negative_slope must be a positive finite number, got 0.0"),
+        ("invertible_mlp", {"negative_slope": math.inf, "depth": 1}, "negative_slope must be a positive .*, got inf"),
         ("maf", {"hidden": (0,)}, r"hidden\[0\] must be a positive int, got 0"),
         ("spline", {"kind": "linear"}, "kind must be 'autoregressive' or 'coupling', got 'linear'"),
         ("spline", {"kind": "autoregressive", "reversible": True}, "reversible must be False with kind 'autoreg"),
         ("spline", {"bins": 1}, "bins must be at least 2, got 1"),
-        ("spline", {"bound": 0.0}, "bound must be a positive number, got 0.0"),
+        ("spline", {"bound": 0.0}, "bound must be a positive finite number, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             create_model(name, **config)
+    for name, config, message in (
+        ("realnvp", {"reversible": "false"}, "reversible must be True or False, got 'false'"),
+        ("spline", {"kind": "autoregressive", "reversible": 0}, "reversible must be True or False, got 0"),
+        ("invertible_mlp", {"negative_slope": "0.5"}, "negative_slope must be a number, got '0.5'"),
+        ("nice", {"dropout": None}, "dropout must be a number, got None"),
+        ("maf", {"dropout": "none"}, "dropout must be a number, got 'none'"),
+        ("maf", {"margin": [0.1]}, r"margin must be a number, got \[0.1\]"),
+        ("maf", {"level_noise": True}, "level_noise must be a number, got True"),
+        ("spline", {"bound": "3"}, "bound must be a number, got '3'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            create_model(name, **config)
+
+
+def test_D1_methods_of_flows_refuse_bad_input() -> None:
     model = create_model("nice")
     with pytest.raises(ValueError, match="x must lie on 17 equally spaced levels"):
         model.log_prob(torch.full((1, 1, 8, 8), 0.3))
@@ -267,3 +362,19 @@ def test_D1_flows_refuse_bad_input() -> None:
         model.loss(torch.zeros(1, 1, 8, 8), cond=torch.zeros(1))
     with pytest.raises(ValueError, match="k must be a positive int, got 0"):
         model.elbo(torch.zeros(1, 1, 8, 8), k=0)
+    for method in (model.transform, model.log_density):
+        with pytest.raises(ValueError, match=r"v must have shape \(batch, 1, 8, 8\), got \(2, 64\)"):
+            method(torch.zeros(2, 64))
+    with pytest.raises(ValueError, match=r"z must have shape \(batch, 64\), got \(2, 1, 8, 8\)"):
+        model.invert(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"v must hold floating-point numbers, got torch.int64"):
+        model.log_density(torch.zeros(2, 1, 8, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"v must be in \[0, 1\], got values from -1.0 to -1.0"):
+        model.log_density(-torch.ones(2, 1, 8, 8))
+    for temperature in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"temperature must be a positive finite number, got {temperature}"):
+            model.sample(1, temperature=temperature)
+    with pytest.raises(TypeError, match="temperature must be a number, got 'hot'"):
+        model.sample(1, temperature="hot")
+    with pytest.raises(TypeError, match=r"^sample of nice has no option 'steps'; its options are temperature$"):
+        model.sample(1, steps=3)

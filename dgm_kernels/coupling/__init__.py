@@ -18,6 +18,7 @@ from .reference import SCALE_MAPS
 from .region import Region, resolve
 
 __all__ = [
+    "SCALE_MAPS",
     "actnorm",
     "additive_coupling",
     "affine_coupling",

@@ -10,6 +10,7 @@ from torch import nn
 from ..model import check_positive
 from ..registry import register_model
 from .base import Flow, elements
+from .conditioners import check_dropout
 from .layers import AffineAutoregressive, Inverse
 
 
@@ -26,7 +27,8 @@ class MAF(Flow):
         depth: number of autoregressive layers.
         hidden: sizes of the hidden layers of their networks.
         activation: of the networks: ``"relu"``, ``"tanh"``, ``"elu"`` or ``"silu"``.
-        dropout: of the networks' hidden units.
+        dropout: of the networks' hidden units; None for 0.2, and with ``fast="sampling"`` for 0, the only value there:
+            pixel by pixel, every unit is computed when the pixels that it reads are known, and none is dropped.
         scale_map: how the networks' output becomes the scale: see ``dgm_kernels.affine_coupling``.
         fast: ``"density"`` for MAF, ``"sampling"`` for IAF.
         base, levels, margin, level_noise: see :class:`.Flow`. (Rebuilding activations, as ``reversible`` does, would
@@ -44,7 +46,7 @@ class MAF(Flow):
         depth: int = 5,
         hidden: Sequence[int] = (512,),
         activation: str = "relu",
-        dropout: float = 0.2,
+        dropout: float | None = None,
         scale_map: str = "tanh",
         fast: str = "density",
         base: str = "logistic",
@@ -54,6 +56,13 @@ class MAF(Flow):
     ) -> None:
         if fast not in ("density", "sampling"):
             raise ValueError(f"fast must be 'density' (MAF) or 'sampling' (IAF), got {fast!r}")
+        if dropout is None:
+            dropout = 0.2 if fast == "density" else 0.0
+        if fast == "sampling" and check_dropout(dropout) > 0:
+            raise ValueError(
+                "dropout must be 0 with fast 'sampling', where training inverts the networks pixel by pixel, which "
+                f"drops no units; got {dropout!r}"
+            )
         features = elements(image_shape)
 
         def layer(place: int) -> nn.Module:

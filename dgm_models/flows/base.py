@@ -14,7 +14,16 @@ import dgm_kernels
 from dgm_kernels import NoiseKey, noise_like
 from dgm_kernels.nn import Reversible
 
-from ..model import GenerativeModel, Stream, check_positive, check_sizes
+from ..model import (
+    GenerativeModel,
+    Stream,
+    check_batch,
+    check_flag,
+    check_number,
+    check_positive,
+    check_positive_number,
+    check_sizes,
+)
 from .layers import Standardization
 
 BASES = ("normal", "logistic")
@@ -23,7 +32,10 @@ BASES = ("normal", "logistic")
 class Flow(GenerativeModel):
     """An invertible map f from data to noise: ``log p(x) = log base(f(x)) + log abs(det df/dx)``.
 
-    Grey levels are dequantised: level l of L becomes v = (l + u) / L with u uniform in (0, 1), new in every step of
+    This is the base class of the families, and no model by itself: a family is a subclass whose arguments are JSON
+    values (see :class:`.GenerativeModel`), from which it makes the layers that it hands to this constructor.
+
+    Grey levels are dequantised: level l of L becomes v = (l + u) / L with u uniform in (0, 1], new in every step of
     training, and f begins with ``logit(margin + (1 - 2 margin) v)``, whose log-determinant counts like any other. Then
     comes a learnt scale and shift of every element, which :meth:`prepare` sets at first.
 
@@ -33,7 +45,8 @@ class Flow(GenerativeModel):
         base: density of the noise, ``"normal"`` or ``"logistic"``, of independent elements.
         levels: grey levels of the data in [-1, 1], equally spaced; None for continuous data, which is taken as it is.
         margin: see above.
-        level_noise: share of the pixels above the lowest level whose level is moved by one, up or down, in training.
+        level_noise: share of the pixels above the lowest level for which training draws a move by one level, up or
+            down with equal chances; a move beyond the highest level is cut off.
         reversible: train in memory constant in the number of layers, at the price of more arithmetic.
     """
 
@@ -53,14 +66,15 @@ class Flow(GenerativeModel):
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
         if levels is not None and check_positive("levels", levels) < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
-        if not 0 < margin < 0.5:
+        if not 0 < check_number("margin", margin) < 0.5:
             raise ValueError(f"margin must be in (0, 0.5), got {margin!r}")
-        if not 0 <= level_noise <= 1:
+        if not 0 <= check_number("level_noise", level_noise) <= 1:
             raise ValueError(f"level_noise must be in [0, 1], got {level_noise!r}")
         self.sample_shape = check_sizes("image_shape", image_shape)
         self.base, self.levels, self.margin, self.level_noise = base, levels, margin, level_noise
+        self.exact_likelihood = levels is None
         chain = [Standardization(self.elements), *layers]
-        self.flow = Reversible(chain) if reversible else Chain(chain)
+        self.flow = Reversible(chain) if check_flag("reversible", reversible) else Chain(chain)
 
     @property
     def elements(self) -> int:
@@ -78,12 +92,14 @@ class Flow(GenerativeModel):
         Args:
             v: ``[batch, *image_shape]``: in [0, 1] if the data has levels (see :meth:`dequantize`), else the data.
         """
+        check_batch("v", v, self.sample_shape)
         y, before = self._unbounded(v)
         z, logdet = self.flow(y)
         return z, logdet if before is None else before + logdet
 
     def invert(self, z: Tensor) -> Tensor:
         """Noise ``[batch, elements]`` to the v of :meth:`transform`."""
+        check_batch("z", z, (self.elements,))
         x, _ = self.flow.inverse(z)
         if self.levels is not None:
             x = (torch.sigmoid(x) - self.margin) / (1 - 2 * self.margin)
@@ -97,6 +113,13 @@ class Flow(GenerativeModel):
 
     def log_density(self, v: Tensor) -> Tensor:
         """Exact log-density in nats at points v, ``[batch]``; v as in :meth:`transform`."""
+        check_batch("v", v, self.sample_shape)
+        # Looking at the values of a tensor on another device would wait for it.
+        if self.levels is not None and v.device.type == "cpu" and not bool(((v >= 0) & (v <= 1)).all()):
+            raise ValueError(f"v must be in [0, 1], got values from {float(v.min())} to {float(v.max())}")
+        return self._log_density(v)
+
+    def _log_density(self, v: Tensor) -> Tensor:
         z, logdet = self.transform(v)
         if self.base == "logistic":
             return dgm_kernels.logistic_log_prob(z, logdet)
@@ -153,8 +176,9 @@ class Flow(GenerativeModel):
 
         Args:
             n, seed, cond, first_sample: see ``sample``.
-            temperature: factor on the noise; less than 1 stays nearer to the modes.
+            temperature: factor on the noise, positive; less than 1 stays nearer to the modes.
         """
+        temperature = check_positive_number("temperature", temperature)
         like = torch.empty(n, self.elements, device=self.device, dtype=self.dtype)
         key = NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)
         if self.base == "logistic":
@@ -169,7 +193,10 @@ class Flow(GenerativeModel):
         return level / (self.levels - 1) * 2 - 1
 
     def prepare(self, x: Tensor) -> None:
-        """Sets the scale and shift that f begins with, so that the data have mean 0 and variance 1."""
+        """Sets the scale and shift that f begins with, so that the data have mean 0 and variance 1.
+
+        If they were set or trained before, and so are no longer those of the identity, they stay as they are.
+        """
         self._check_batch(x)
         v = x if self.levels is None else self.dequantize(x, NoiseKey(0, stream=Stream.TRAINING_NOISE))
         self.standardization.fit(self._unbounded(v)[0])
@@ -185,8 +212,8 @@ class Flow(GenerativeModel):
 
     def _log_prob(self, x: Tensor, noise: NoiseKey) -> Tensor:
         if self.levels is None:
-            return self.log_density(x)
-        return self.log_density(self.dequantize(x, noise)) - self.elements * math.log(self.levels)
+            return self._log_density(x)
+        return self._log_density(self.dequantize(x, noise)) - self.elements * math.log(self.levels)
 
     @staticmethod
     def _level(x: Tensor, levels: int) -> Tensor:

@@ -14,6 +14,8 @@ from ..model import check_positive, check_sizes
 
 _SAME = 1e-10  # relative distance below which two images count as one point
 _APART = 1e-3  # distance above which two arguments count as two points
+_EXPLAINED = 1e-3  # a relative step of Newton's method above which a point was no solution
+_SCALINGS = 10  # rounds of scaling the rows and columns of a matrix
 _NEWTON_STEPS = 30
 
 
@@ -48,6 +50,10 @@ def check_invertible(
     random points this looks at the rank of the Jacobian and the sign of its determinant; for collisions it tries the
     null space of the Jacobian, mirrored and swapped elements, and Newton's method from other points.
 
+    All this holds to within rounding. That a map squeezes space does not make it singular, nor do two images that
+    nearly agree make a collision where the Jacobian says that they differ by no more: the sigmoid passes at 30. At 40,
+    where it rounds to 1 and its derivative to 0, it is singular to a computer, and the findings say so.
+
     Args:
         fn: maps ``[batch, *shape]`` in float64, sample by sample, differentiably; of several results the first counts.
         shape: of one sample.
@@ -61,20 +67,25 @@ def check_invertible(
     """
     shape = check_sizes("shape", shape)
     like = torch.empty(check_positive("points", points), *shape, dtype=torch.float64)
-    x = scale * noise_like(like, NoiseKey(seed)).flatten(1)
+    x = scale * noise_like(like, NoiseKey(seed)).reshape(points, -1)
 
     def flat(x: Tensor) -> Tensor:
         y = fn(x.view(-1, *shape))
-        return (y if isinstance(y, Tensor) else y[0]).flatten(1)
+        y = y if isinstance(y, Tensor) else y[0]
+        if y.shape[:1] != x.shape[:1]:
+            raise ValueError(f"fn must map sample by sample: it makes shape {tuple(y.shape)} of {len(x)} samples")
+        return y.reshape(len(x), -1)
 
     y = flat(x).detach()
     if y.shape != x.shape:
         return [Finding("dimension", f"maps {x.shape[1]} numbers to {y.shape[1]}: the Jacobian is not square")]
-    if not bool(y.isfinite().all()):
-        at = x[~y.isfinite().all(1)][0]
-        return [Finding("not finite", "the image of a point is not finite", (at.view(shape),))]
     jacobian = _jacobian(flat, x)
-    found = [_singular(x, jacobian), _fold(flat, x, jacobian), _collision(flat, x, y, jacobian)]
+    for what, values in (("image", y), ("Jacobian", jacobian.flatten(1))):
+        if not bool(values.isfinite().all()):
+            at = x[~values.isfinite().all(1)][0]
+            return [Finding("not finite", f"the {what} of a point is not finite", (at.view(shape),))]
+    ranks = _rank(jacobian)
+    found = [_singular(x, ranks), _fold(flat, x, jacobian, ranks), _collision(flat, x, y, jacobian)]
     return [
         dataclasses.replace(finding, points=tuple(point.view(shape) for point in finding.points))
         for finding in found
@@ -95,8 +106,17 @@ def _jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.stack(rows, dim=1).detach()
 
 
-def _singular(x: Tensor, jacobian: Tensor) -> Finding | None:
-    ranks = torch.linalg.matrix_rank(jacobian)
+def _rank(jacobian: Tensor) -> Tensor:
+    """The rank of each matrix, whatever the units of its rows and columns: they are first scaled to a largest of 1."""
+    scaled = jacobian.nan_to_num()
+    for _ in range(_SCALINGS):
+        for dim in (1, 2):
+            largest = scaled.abs().amax(dim, keepdim=True)
+            scaled = scaled / torch.where(largest > 0, largest, 1.0).sqrt()
+    return torch.linalg.matrix_rank(scaled)
+
+
+def _singular(x: Tensor, ranks: Tensor) -> Finding | None:
     size = x.shape[1]
     if bool((ranks == size).all()):
         return None
@@ -106,9 +126,9 @@ def _singular(x: Tensor, jacobian: Tensor) -> Finding | None:
     return Finding("singular", message, (x[worst],))
 
 
-def _fold(fn: Callable[[Tensor], Tensor], x: Tensor, jacobian: Tensor) -> Finding | None:
+def _fold(fn: Callable[[Tensor], Tensor], x: Tensor, jacobian: Tensor, ranks: Tensor) -> Finding | None:
     """The determinant is continuous: where it changes its sign it passes through 0."""
-    signs = torch.linalg.slogdet(jacobian).sign
+    signs = torch.linalg.slogdet(jacobian).sign * (ranks == x.shape[1])  # that of a singular one is rounding
     if not (bool((signs > 0).any()) and bool((signs < 0).any())):
         return None
     a, b = x[signs > 0][:1], x[signs < 0][:1]
@@ -130,11 +150,30 @@ def _collision(fn: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, jacobian: T
         for other in search(fn, x, y, jacobian):
             image = fn(other).detach()
             same = (image - y).norm(dim=1) <= _SAME * (1 + y.norm(dim=1))
-            hit = (same & ((other - x).norm(dim=1) > _APART)).nonzero()
-            if len(hit):
-                i = int(hit[0])
+            hits = (same & ((other - x).norm(dim=1) > _APART)).nonzero().flatten()
+            hits = hits[~_explained(fn, x[hits], other[hits], y[hits], image[hits])]
+            if len(hits):
+                i = int(hits[0])
                 return Finding("collision", f"maps two points to one (found {how})", (x[i], other[i].detach()))
     return None
+
+
+def _explained(fn: Callable[[Tensor], Tensor], x: Tensor, other: Tensor, y: Tensor, image: Tensor) -> Tensor:
+    """Whether the images are so near only because the map is flat there: their difference is what its slope makes it.
+
+    Then a step of Newton's method from one point towards the other's image goes far; from one of two points with the
+    same image it goes nowhere.
+    """
+    explained = torch.zeros(len(x), dtype=torch.bool)
+    size = torch.minimum((other - x).norm(dim=1), x.norm(dim=1))
+    rounding = 4 * torch.finfo(x.dtype).eps * y.abs()
+    for point in (x, other) if len(x) else ():
+        jacobian = _jacobian(fn, point).nan_to_num()
+        predicted = (jacobian @ (other - x).unsqueeze(-1)).squeeze(-1)
+        difference = torch.where((image - y - predicted).abs() <= rounding, predicted, image - y)
+        step = torch.linalg.solve_ex(jacobian, difference).result
+        explained |= (step.norm(dim=1) > _EXPLAINED * size) & (_rank(jacobian) == x.shape[1])
+    return explained
 
 
 def _along_null_space(fn: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, jacobian: Tensor) -> list[Tensor]:

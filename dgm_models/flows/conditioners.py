@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import check_sizes
+from ..model import check_number, check_sizes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "elu": F.elu, "silu": F.silu}
 
@@ -39,7 +39,7 @@ class MLP(nn.Module):
         nn.init.normal_(layers[-1].weight, std=0.01)
         nn.init.zeros_(layers[-1].bias)
         self.layers = nn.ModuleList(layers)
-        self.dropout = nn.Dropout(_dropout(dropout))
+        self.dropout = nn.Dropout(check_dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, outputs]``."""
@@ -79,9 +79,8 @@ class MADE(nn.Module):
         super().__init__()
         features = len(degrees)
         self.activation_name, self.activation = activation, _activation(activation)
-        self.dropout = nn.Dropout(_dropout(dropout))
-        # Hidden units of degree 1 .. features - 1 in turn, so that every one of them is read by some output.
-        inner = [torch.arange(size) % max(features - 1, 1) + 1 for size in check_sizes("hidden", hidden)]
+        self.dropout = nn.Dropout(check_dropout(dropout))
+        inner = [_hidden_degrees(size, features) for size in check_sizes("hidden", hidden)]
         outputs = degrees.repeat_interleave(parameters) if feature_major else degrees.repeat(parameters)
         before = [degrees, *inner]
         masks = [after[:, None] >= seen for seen, after in zip(before, inner, strict=False)]
@@ -129,12 +128,25 @@ class MaskedLinear(nn.Linear):
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
 
 
-def _dropout(share: float) -> float:
-    if not 0 <= share < 1:
+def _hidden_degrees(size: int, features: int) -> Tensor:
+    """Degrees from 1 to features - 1, so that every unit is read by some output.
+
+    Each of them in turn; if there are fewer units, evenly spaced up to the last, which the last feature needs in order
+    to see all the others.
+    """
+    last = max(features - 1, 1)
+    if size >= last:
+        return torch.arange(size) % last + 1
+    return torch.arange(1, size + 1) * last // size
+
+
+def check_dropout(share: float) -> float:
+    """``share`` if it is a number in [0, 1), else an error."""
+    if not 0 <= check_number("dropout", share) < 1:
         raise ValueError(f"dropout must be in [0, 1), got {share!r}")
     return share

@@ -10,7 +10,7 @@ from torch import nn
 from ..model import check_positive
 from ..registry import register_model
 from .base import Flow, elements
-from .layers import Affine, AffineCoupling, Permutation
+from .layers import Affine, AffineCoupling, Permutation, check_scale_map
 
 
 def alternating(features: int, depth: int, layer: Callable[[bool], nn.Module]) -> list[nn.Module]:
@@ -61,7 +61,7 @@ class RealNVP(Flow):
         level_noise: float = 0.6,
         reversible: bool = False,
     ) -> None:
-        features = elements(image_shape)
+        features, scale_map = elements(image_shape), check_scale_map(scale_map)
 
         def coupling(flipped: bool) -> nn.Module:
             return AffineCoupling(features, flipped, scale_map, hidden=hidden, activation=activation, dropout=dropout)

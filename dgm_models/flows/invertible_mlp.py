@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..model import check_positive
+from ..model import check_positive, check_positive_number
 from ..registry import register_model
 from .base import Flow, elements
 from .layers import TriangularLinear
@@ -38,7 +38,7 @@ class InvertibleMLP(Flow):
         level_noise: float = 0.6,
         reversible: bool = False,
     ) -> None:
-        features = elements(image_shape)
+        features, negative_slope = elements(image_shape), check_positive_number("negative_slope", negative_slope)
         layers = [
             TriangularLinear(features, place % 2 == 0, negative_slope if place + 1 < depth else 1.0)
             for place in range(check_positive("depth", depth))

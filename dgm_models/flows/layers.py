@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dgm_kernels
+from dgm_kernels.coupling import SCALE_MAPS
 from dgm_kernels.nn import Coupling
 
 from .conditioners import MADE, MLP
@@ -46,8 +47,8 @@ class Standardization(Affine):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Sets scale and shift, the first time that it is called; a feature that is constant is only shifted."""
-        if self.fitted:
+        """Sets scale and shift unless they were fitted or trained before; a constant feature is only shifted."""
+        if self.fitted or self.shift.any() or self.log_scale.any():
             return
         deviation = x.std(0, correction=0)
         deviation = torch.where(deviation > 1e-6, deviation, 1.0)
@@ -87,6 +88,8 @@ class AffineCoupling(Coupling):
     def __init__(self, features: int, flipped: bool, scale_map: str | None, **network: Any) -> None:
         super().__init__()
         half = _half(features)
+        if scale_map is not None:
+            check_scale_map(scale_map)
         self.mask = "channels_flipped" if flipped else "channels"
         self.read = slice(half, None) if flipped else slice(0, half)
         self.scale_map = scale_map
@@ -150,7 +153,7 @@ class AffineAutoregressive(nn.Module):
 
     def __init__(self, features: int, backwards: bool, scale_map: str, **network: Any) -> None:
         super().__init__()
-        self.scale_map = scale_map
+        self.scale_map = check_scale_map(scale_map)
         self.net = MADE(_order(features, backwards), parameters=2, feature_major=False, **network)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,6 +240,13 @@ class Inverse(nn.Module):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """x and logdet."""
         return self.layer(z)
+
+
+def check_scale_map(name: str) -> str:
+    """``name`` if it is one of ``dgm_kernels.affine_coupling``, else an error."""
+    if name not in SCALE_MAPS:
+        raise ValueError(f"scale_map must be one of {', '.join(SCALE_MAPS)}, got {name!r}")
+    return name
 
 
 def _half(features: int) -> int:

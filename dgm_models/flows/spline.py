@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
 
-from ..model import check_positive
+from ..model import check_flag, check_positive, check_positive_number
 from ..registry import register_model
 from .base import Flow, elements
 from .coupling import alternating
@@ -55,13 +54,11 @@ class Spline(Flow):
     ) -> None:
         if kind not in ("autoregressive", "coupling"):
             raise ValueError(f"kind must be 'autoregressive' or 'coupling', got {kind!r}")
-        if reversible and kind == "autoregressive":
+        if check_flag("reversible", reversible) and kind == "autoregressive":
             raise ValueError("reversible must be False with kind 'autoregressive', whose inverse goes pixel by pixel")
         if check_positive("bins", bins) < 2:
             raise ValueError(f"bins must be at least 2, got {bins}")
-        if not 0 < bound < math.inf:
-            raise ValueError(f"bound must be a positive number, got {bound!r}")
-        features = elements(image_shape)
+        features, bound = elements(image_shape), check_positive_number("bound", bound)
         network = {"hidden": hidden, "activation": activation, "dropout": dropout}
 
         def autoregressive(place: int) -> nn.Module:
