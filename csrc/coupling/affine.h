@@ -66,11 +66,32 @@ DGM_INLINE void prefetch(int64_t i, Pointers... pointers) {
   for (int j = 0; j < kLockstep; ++j) (__builtin_prefetch(pointers + i + j * kWidth + kAhead), ...);
 }
 
-// `fixed` is null where all elements are transformed; `logs` takes the logarithms of the scales.
+// Rows of floats at a distance of `stride`.
+template <class Float>
+struct Floats {
+  Float* data = nullptr;
+  int64_t stride = 0;
+  DGM_INLINE_METHOD Float* row(int64_t i) const { return data + i * stride; }
+};
+
+// One row of a run; `fixed` is null where all elements are transformed; `logs` takes the logarithms of the scales.
 struct Run {
   const float *x, *shift, *raw;
   const uint8_t* fixed;
   float *y, *logs;
+};
+
+// Rows of `count` elements. Masks and logarithms follow each other without gaps.
+struct Runs {
+  int64_t rows, count;
+  Floats<const float> x, shift, raw;
+  const uint8_t* fixed;
+  Floats<float> y;
+  float* logs;
+
+  DGM_INLINE_METHOD Run row(int64_t i) const {
+    return {x.row(i), shift.row(i), raw.row(i), fixed ? fixed + i * count : nullptr, y.row(i), logs + i * count};
+  }
 };
 
 template <ScaleMap kMap, bool kInverse, bool kMasked, class Access>
@@ -87,7 +108,7 @@ DGM_INLINE void finish_affine(const Run& r, int64_t i, F32 s, F32 factor, Access
 }
 
 template <ScaleMap kMap, bool kInverse, bool kMasked>
-DGM_NOINLINE void affine_run(const Run r, int64_t count) {
+DGM_INLINE void affine_run(const Run& r, int64_t count) {
   int64_t i = 0;
   for (; i + kLockstep * kWidth <= count; i += kLockstep * kWidth) {
     prefetch(i, r.raw, r.x, r.shift);
@@ -102,6 +123,11 @@ DGM_NOINLINE void affine_run(const Run r, int64_t count) {
   });
 }
 
+template <ScaleMap kMap, bool kInverse, bool kMasked>
+DGM_NOINLINE void affine_runs(const Runs runs) {
+  for (int64_t i = 0; i < runs.rows; ++i) affine_run<kMap, kInverse, kMasked>(runs.row(i), runs.count);
+}
+
 DGM_NOINLINE void additive_run(const Run r, int64_t count, bool inverse) {
   const float sign = inverse ? -1.0f : 1.0f;
   for_each_vector(count, [&](int64_t i, auto access) {
@@ -114,6 +140,22 @@ struct BackwardRun {
   const float *grad, *grad_logdet, *output, *shift, *raw;  // grad_logdet: that of the element's sample
   const uint8_t* fixed;
   float *grad_x, *grad_shift, *grad_raw;  // grad_shift may be null
+};
+
+struct BackwardRuns {
+  int64_t rows, count;
+  Floats<const float> grad, output, shift, raw;
+  const float* grad_logdet;
+  const uint8_t* fixed;
+  Floats<float> grad_x, grad_shift, grad_raw;
+
+  DGM_INLINE_METHOD BackwardRun row(int64_t i) const {
+    return {grad.row(i),    grad_logdet + i * count,
+            output.row(i),  shift.row(i),
+            raw.row(i),     fixed ? fixed + i * count : nullptr,
+            grad_x.row(i),  grad_shift.data ? grad_shift.row(i) : nullptr,
+            grad_raw.row(i)};
+  }
 };
 
 template <ScaleMap kMap, bool kInverse, bool kMasked, class Access>
@@ -135,7 +177,7 @@ DGM_INLINE void finish_backward(const BackwardRun& r, int64_t i, F32 raw, F32 s,
 }
 
 template <ScaleMap kMap, bool kInverse, bool kMasked>
-DGM_NOINLINE void affine_backward_run(const BackwardRun r, int64_t count) {
+DGM_INLINE void affine_backward_run(const BackwardRun& r, int64_t count) {
   int64_t i = 0;
   for (; i + kLockstep * kWidth <= count; i += kLockstep * kWidth) {
     prefetch(i, r.raw, r.grad, r.output, r.shift);
@@ -150,6 +192,11 @@ DGM_NOINLINE void affine_backward_run(const BackwardRun r, int64_t count) {
     const LogScale<F32> scale = log_scale<kMap, kInverse>(raw);
     finish_backward<kMap, kInverse, kMasked>(r, i + j, raw, scale.s, scale.factor, access);
   });
+}
+
+template <ScaleMap kMap, bool kInverse, bool kMasked>
+DGM_NOINLINE void affine_backward_runs(const BackwardRuns runs) {
+  for (int64_t i = 0; i < runs.rows; ++i) affine_backward_run<kMap, kInverse, kMasked>(runs.row(i), runs.count);
 }
 
 // The sum of log N(z; 0, 1), or of the standard logistic log-density.
@@ -216,19 +263,22 @@ DGM_INLINE void with_flag(bool flag, const Call& call) {
     call(std::false_type{});
 }
 
-void run(const AffineArgs& a, const Run& r, int64_t count) {
-  if (!r.raw) return additive_run(r, count, a.inverse);
+void run(const AffineArgs& a, const Runs& r) {
+  if (!r.raw.data) {
+    for (int64_t i = 0; i < r.rows; ++i) additive_run(r.row(i), r.count, a.inverse);
+    return;
+  }
   with_map(a.map, [&](auto map) {
     with_flag(a.inverse, [&](auto inverse) {
-      with_flag(r.fixed, [&](auto masked) { affine_run<map(), inverse(), masked()>(r, count); });
+      with_flag(r.fixed, [&](auto masked) { affine_runs<map(), inverse(), masked()>(r); });
     });
   });
 }
 
-void run(const AffineArgs& a, const BackwardRun& r, int64_t count) {
+void run(const AffineArgs& a, const BackwardRuns& r) {
   with_map(a.map, [&](auto map) {
     with_flag(a.inverse, [&](auto inverse) {
-      with_flag(r.fixed, [&](auto masked) { affine_backward_run<map(), inverse(), masked()>(r, count); });
+      with_flag(r.fixed, [&](auto masked) { affine_backward_runs<map(), inverse(), masked()>(r); });
     });
   });
 }
@@ -242,29 +292,32 @@ struct Chunk {
 
 constexpr int64_t kChunk = 1024;
 
+// Whether rows are used where they are. Short ones are gathered, so that they make whole vectors.
 DGM_INLINE bool in_place(DType dtype, int64_t stride, const Chunk& c) {
-  return dtype == DType::Float32 && (c.rows == 1 || stride == c.count);
+  constexpr int64_t kShort = 64;
+  return dtype == DType::Float32 && (c.rows == 1 || stride == c.count || c.count >= kShort);
 }
 
-DGM_INLINE void copy_rows(const float* from, int64_t from_stride, const Chunk& c, float* to, int64_t to_stride) {
+DGM_INLINE void copy_rows(Floats<const float> from, const Chunk& c, Floats<float> to) {
   for (int64_t i = 0; i < c.rows; ++i)
-    for (int64_t e = 0; e < c.count; ++e) to[i * to_stride + e] = from[i * from_stride + e];
+    for (int64_t e = 0; e < c.count; ++e) to.row(i)[e] = from.row(i)[e];
 }
 
 // The elements of a chunk as floats: where they are, or a copy. `offset` is where the tensor's rows begin in a sample.
 class ChunkReader {
  public:
-  const float* read(const RowsIn& rows, const Chunk& c, int64_t offset = 0) {
-    if (!rows.data) return nullptr;
+  Floats<const float> read(const RowsIn& rows, const Chunk& c, int64_t offset = 0) {
+    if (!rows.data) return {};
     const int size = element_size(rows.dtype);
     const char* from = static_cast<const char*>(rows.data) + (c.row * rows.stride + c.first - offset) * size;
-    if (in_place(rows.dtype, rows.stride, c)) return reinterpret_cast<const float*>(from);
+    const Floats<const float> given = {reinterpret_cast<const float*>(from), rows.stride}, copy = {buffer_, c.count};
+    if (in_place(rows.dtype, rows.stride, c)) return given;
     if (rows.dtype == DType::Float32)
-      copy_rows(reinterpret_cast<const float*>(from), rows.stride, c, buffer_, c.count);
+      copy_rows(given, c, {buffer_, c.count});
     else
       for (int64_t i = 0; i < c.rows; ++i)
         convert_to_floats(from + i * rows.stride * size, rows.dtype, c.count, buffer_ + i * c.count);
-    return buffer_;
+    return copy;
   }
 
  private:
@@ -273,17 +326,18 @@ class ChunkReader {
 
 class ChunkWriter {
  public:
-  float* open(const RowsOut& rows, const Chunk& c, int64_t offset = 0) {
-    if (!rows.data) return nullptr;
+  Floats<float> open(const RowsOut& rows, const Chunk& c, int64_t offset = 0) {
+    if (!rows.data) return {};
     rows_ = rows, chunk_ = c;
     to_ = static_cast<char*>(rows.data) + (c.row * rows.stride + c.first - offset) * element_size(rows.dtype);
-    return in_place(rows.dtype, rows.stride, c) ? reinterpret_cast<float*>(to_) : buffer_;
+    if (in_place(rows.dtype, rows.stride, c)) return {reinterpret_cast<float*>(to_), rows.stride};
+    return {buffer_, c.count};
   }
 
   void close() const {
     if (!to_ || in_place(rows_.dtype, rows_.stride, chunk_)) return;
     if (rows_.dtype == DType::Float32)
-      return copy_rows(buffer_, chunk_.count, chunk_, reinterpret_cast<float*>(to_), rows_.stride);
+      return copy_rows({buffer_, chunk_.count}, chunk_, {reinterpret_cast<float*>(to_), rows_.stride});
     for (int64_t i = 0; i < chunk_.rows; ++i)
       convert_from_floats(buffer_ + i * chunk_.count, chunk_.count, rows_.dtype,
                           to_ + i * rows_.stride * element_size(rows_.dtype));
@@ -331,18 +385,28 @@ DGM_INLINE void for_each_chunk(int64_t row, int64_t rows, int64_t begin, int64_t
 // Copies what is outside [start, stop).
 DGM_INLINE void copy_chunk(const RowsIn& from, const RowsOut& to, const Chunk& c, ChunkReader& reader,
                            ChunkWriter& writer) {
-  const float* x = reader.read(from, c);
-  std::memcpy(writer.open(to, c), x, c.size() * sizeof(float));
+  const Floats<const float> x = reader.read(from, c);
+  copy_rows(x, c, writer.open(to, c));
   writer.close();
 }
 
-// What a unit stands for: a part of a sample; or, where samples are short, several of them, whole.
+// Rows that follow each other without gaps are one row.
+template <class R, class... Rows>
+DGM_INLINE void join_rows(R& runs, const Rows&... rows) {
+  if (!((rows.stride == runs.count || !rows.data) && ...)) return;
+  runs.count *= runs.rows;
+  runs.rows = 1;
+}
+
+// Samples that are worked on together: as many as a chunk holds.
+DGM_INLINE int64_t samples_together(const AffineArgs& a) { return a.elements ? kChunk / a.elements : 1; }
+
+// What a unit stands for: a part of a sample; or several of them, whole.
 struct Piece {
   int64_t row, rows, first, begin, end, last;  // of the elements [first, last) those in [begin, end) are transformed
 
-  Piece(const AffineArgs& a, int64_t unit, int64_t stop) {
+  Piece(const AffineArgs& a, int64_t together, int64_t unit, int64_t stop) {
     const auto clip = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
-    const int64_t together = a.elements ? kChunk / a.elements : 1;
     row = unit / a.parts;
     rows = together > 1 ? (together < stop - unit ? together : stop - unit) : 1;
     first = unit % a.parts * kPartElements;
