@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import matplotlib
@@ -17,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 BASELINE_COLORS = {"eager": "#4477aa", "compile": "#ee8866", "compile graphs": "#bbaa33", "diffusers": "#228833"}
 SPARE_COLORS = ("#aa3377", "#66ccee", "#999999", "#222222")
 THREAD_COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377")
-MARKERS = "osD^vP*Xh<>p8Hd"
+MARKERS = [f"${letter}$" for letter in ascii_letters]  # a case each
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -36,7 +37,11 @@ def _threads(result: dict[str, Any]) -> str:
 
 
 def speedup(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Horizontal bars, one a baseline, grouped by case: how many times ours is faster, on a logarithmic axis."""
+    """Horizontal bars, one a baseline, grouped by case: how many times ours is faster, on a logarithmic axis.
+
+    Of the numbers of threads only the largest is drawn.
+    """
+    results = [result for result in results if result["threads"] == max(other["threads"] for other in results)]
     groups = [
         (result, {name: found["ratio"] for name, found in result["contenders"].items() if name != result["ours"]})
         for result in results
@@ -97,14 +102,14 @@ def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
         seconds = result["contenders"][result["ours"]]["median_us"] * 1e-6
         gflops = result["floor"]["flops"] / seconds / 1e9
         color = THREAD_COLORS[threads.index(result["threads"]) % len(THREAD_COLORS)]
-        axes.plot(intensity, gflops, markers[result["case"]], color=color, markersize=8, markerfacecolor="none")
+        axes.plot(intensity, gflops, marker=markers[result["case"]], color=color, markersize=8)
     axes.set(xscale="log", yscale="log")
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis)
     axes.grid(True, which="major", alpha=0.3)
     axes.set_xlabel("floating-point operations per byte that must move")
     axes.set_ylabel("GFLOP/s")
-    style: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "none"}
+    style: dict[str, Any] = {"linestyle": "none", "color": "black"}
     cases = [Line2D([], [], marker=marker, label=case, **style) for case, marker in markers.items()]
     figure.legend(
         handles=[*axes.get_lines()[: len(threads)], *cases], loc="outside right upper", frameon=False, fontsize=9
