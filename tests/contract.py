@@ -1,8 +1,12 @@
 """The contract of an op as assertions, shared by the tests of every op."""
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +147,15 @@ def assert_vmap(fn: Callable[..., Outputs], args: Sequence[Any], in_dims: int | 
         looped.append(_tensors(fn(*row)))
     expected = [torch.stack(outputs) for outputs in zip(*looped, strict=True)]
     torch.testing.assert_close(_tensors(torch.func.vmap(fn, in_dims=dims)(*args)), expected, equal_nan=True)
+
+
+def assert_passes_interpreted(file: str) -> None:
+    """The tests of class ``TestInterpreted`` in this file pass where Triton interprets its kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::TestInterpreted"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def _outputs_and_grads(fn: Callable[..., Outputs], args: Sequence[Any]) -> list[Tensor]:

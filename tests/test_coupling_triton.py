@@ -3,15 +3,17 @@
 import functools
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import dgm_kernels as dgm
-from tests.contract import assert_bitwise_repeatable, assert_inputs_unchanged, strided_variants
+from tests.contract import (
+    assert_bitwise_repeatable,
+    assert_inputs_unchanged,
+    assert_passes_interpreted,
+    strided_variants,
+)
 from tests.coupling_cases import (
     ADDITIVE_CASES,
     AFFINE_CASES,
@@ -291,12 +293,7 @@ class TestNotInterpreted:
 
     def test_in_the_interpreter(self):
         """Runs the tests above in a process of their own: Triton interprets all kernels of a process or none."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
-        root = Path(__file__).resolve().parent.parent
-        done = subprocess.run(
-            command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
     @pytest.mark.parametrize(
         ("name", "loads", "stores"),

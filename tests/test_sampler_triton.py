@@ -2,16 +2,18 @@
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import dgm_kernels as dgm
 from dgm_kernels.sampler import reference
-from tests.contract import assert_bitwise_repeatable, assert_inputs_unchanged, strided_variants
+from tests.contract import (
+    assert_bitwise_repeatable,
+    assert_inputs_unchanged,
+    assert_passes_interpreted,
+    strided_variants,
+)
 from tests.sampler_op import (
     FORMS,
     SHAPES,
@@ -222,12 +224,7 @@ class TestNotInterpreted:
 
     def test_in_the_interpreter(self):
         """Runs the tests above in a process of their own: Triton interprets all kernels of a process or none."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
-        root = Path(__file__).resolve().parent.parent
-        done = subprocess.run(
-            command, cwd=root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert_passes_interpreted(__file__)
 
     @pytest.mark.parametrize(
         ("name", "loads", "stores"),

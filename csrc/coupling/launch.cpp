@@ -112,22 +112,30 @@ void add_parts(const double* partials, int64_t batch, int64_t parts, double sign
   }
 }
 
+// What both passes read. `mask` holds the mask for as long as the kernel reads it.
+AffineArgs affine_args(const char* name, const at::Tensor& x, const at::Tensor& shift, const OptionalTensor& log_scale,
+                       DGM_REGION_PARAMETERS, int64_t scale_map, bool inverse, at::Tensor& mask) {
+  AffineArgs args;
+  args.batch = x.size(0);
+  args.elements = elements_per_sample(x);
+  args.parts = parts_of(args.elements);
+  args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
+  args.map = scale_map_of(scale_map);
+  args.inverse = inverse;
+  args.x = samples_in(name, x, args.batch, args.elements);
+  args.shift = samples_in("shift", shift, args.batch, stop - start);
+  if (present(log_scale)) args.log_scale = samples_in("log_scale", *log_scale, args.batch, stop - start);
+  return args;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& x, const at::Tensor& shift, const OptionalTensor& log_scale,
                                           DGM_REGION_PARAMETERS, int64_t scale_map, bool inverse,
                                           at::ScalarType dtype) {
-  AffineArgs args;
-  args.batch = x.size(0);
-  args.elements = elements_per_sample(x);
-  args.parts = parts_of(args.elements);
   at::Tensor mask;
-  args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
-  args.map = scale_map_of(scale_map);
-  args.inverse = inverse;
-  args.x = samples_in("x", x, args.batch, args.elements);
-  args.shift = samples_in("shift", shift, args.batch, stop - start);
-  if (present(log_scale)) args.log_scale = samples_in("log_scale", *log_scale, args.batch, stop - start);
+  AffineArgs args =
+      affine_args("x", x, shift, log_scale, fixed, start, stop, parity, width, plane, scale_map, inverse, mask);
   at::Tensor y = empty(x.sizes(), dtype), logdet = empty({args.batch}, at::kFloat);
   args.y = rows_out("y", y, args.elements);
   const at::Tensor partials = empty({args.batch, args.parts}, at::kDouble);
@@ -143,17 +151,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_backward(const at::Tensor&
                                                                const at::Tensor& log_scale, DGM_REGION_PARAMETERS,
                                                                int64_t scale_map, bool inverse, bool with_shift,
                                                                at::ScalarType x_dtype) {
-  AffineArgs args;
-  args.batch = output.size(0);
-  args.elements = elements_per_sample(output);
-  args.parts = parts_of(args.elements);
   at::Tensor mask;
-  args.region = region_of(fixed, start, stop, parity, width, plane, args.batch, args.elements, mask);
-  args.map = scale_map_of(scale_map);
-  args.inverse = inverse;
-  args.x = samples_in("output", output, args.batch, args.elements);
-  args.shift = samples_in("shift", shift, args.batch, stop - start);
-  args.log_scale = samples_in("log_scale", log_scale, args.batch, stop - start);
+  AffineArgs args = affine_args("output", output, shift, log_scale, fixed, start, stop, parity, width, plane, scale_map,
+                                inverse, mask);
   args.grad = samples_in("grad", grad, args.batch, args.elements);
   args.grad_logdet = gradient_of_logdet(grad_logdet, args.batch);
   at::Tensor to_x = empty(output.sizes(), x_dtype), to_scale = empty(log_scale.sizes(), log_scale.scalar_type());

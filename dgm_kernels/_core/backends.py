@@ -188,6 +188,15 @@ def _refusal(operands: Sequence[Tensor | None]) -> str | None:
     return None
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, forward-mode AD or a torch.func transform looks at the operations of this call."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
 @functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)

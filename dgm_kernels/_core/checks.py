@@ -75,11 +75,16 @@ def check_index(name: str, value: object, x: Tensor, like: str, length: int, per
     return number
 
 
+def values_known(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at now: not in compiled code, under vmap or without its device."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+
+
 def check_values(name: str, index: int | Tensor, length: int) -> None:
     """The entries of an index on the CPU are in range; another device is not awaited, and its kernels answer NaN."""
-    if not isinstance(index, Tensor) or not index.is_cpu or index.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.maybe_current_level() is not None:  # under vmap the values cannot be looked at
+    if not isinstance(index, Tensor) or index.numel() == 0 or not values_known(index):
         return
     low, high = (int(bound) for bound in index.aminmax())
     if low < 0 or high >= length:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._core.checks import as_int, check_batch, check_device, check_float
+from .._core.checks import as_int, check_batch, check_device, check_float, values_known
 from .reference import SCALE_MAPS, work_dtype
 
 
@@ -76,9 +76,7 @@ def check_spline(
 
 def check_domain(x: Tensor, bound: float) -> None:
     """A CPU tensor is inside the domain of a spline without tails, or NaN. A GPU is not awaited: it answers NaN."""
-    if not x.is_cpu or x.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.maybe_current_level() is not None or type(x) is not Tensor:
+    if not values_known(x):
         return
     magnitude = x.detach().to(work_dtype(x)).abs()
     outside = (magnitude > bound).sum()
@@ -96,12 +94,6 @@ def check_channels(name: str, value: object, x: Tensor) -> None:
     check_same(name, value, (x.shape[1],), x, "the channels of x")
 
 
-def check_values_known(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at now without waiting for a device."""
-    plain = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
-    return plain and x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
-
-
 def check_permutation(name: str, value: object, x: Tensor) -> None:
     """``value`` is a permutation of the channels of ``x``."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -109,7 +101,7 @@ def check_permutation(name: str, value: object, x: Tensor) -> None:
     if value.shape != (x.shape[1],):
         raise ValueError(f"{name} must have the shape of the channels of x, {(x.shape[1],)}, got {tuple(value.shape)}")
     check_device(name, value, x, "x")
-    if check_values_known(value) and not torch.equal(value.sort().values, torch.arange(x.shape[1])):
+    if values_known(value) and not torch.equal(value.sort().values, torch.arange(x.shape[1])):
         raise ValueError(f"{name} must hold each of 0 .. {x.shape[1] - 1} once")
 
 

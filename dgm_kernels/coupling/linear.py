@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .._core.backends import is_traced
 from .._core.checks import check_batch, check_device, check_float
-from .checks import check_channels, check_permutation, check_values_known
+from .checks import check_channels, check_permutation, values_known
 from .reference import work_dtype
 
 
@@ -42,13 +42,8 @@ def actnorm(x: Tensor, shift: Tensor, log_scale: Tensor, *, inverse: bool = Fals
     check_channels("log_scale", log_scale, x)
     work = work_dtype(x, shift, log_scale)
     dtype = _promoted(x, shift, log_scale)
-    plain = (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
     wide = shift.to(work), log_scale.to(work)  # x exp(log_scale) + shift is rounded to 16 bits once
-    y = (_per_channel if plain else _ActNorm.apply)(x, *wide, inverse, dtype)
+    y = (_per_channel if is_traced() else _ActNorm.apply)(x, *wide, inverse, dtype)
     pixels = math.prod(x.shape[2:])
     total = log_scale.to(work).sum() * (-pixels if inverse else pixels)
     return y, total.expand(x.shape[0]).clone()
@@ -127,7 +122,7 @@ def triangular_linear(
     if not 0 < negative_slope < math.inf:
         raise ValueError(f"negative_slope must be positive (a slope of 0 is not injective), got {negative_slope!r}")
     diagonal = weight.diagonal()
-    if check_values_known(weight):
+    if values_known(weight):
         bad = ~(diagonal.isfinite() & (diagonal != 0))
         if bad.any():
             i = int(bad.nonzero()[0])
@@ -192,9 +187,9 @@ def invertible_conv1x1(
     channels = x.shape[1]
     for name, value in (("lower", lower), ("upper", upper)):
         _check_matrix(name, value, (channels, channels), x)
-    if check_values_known(log_abs_diagonal) and not log_abs_diagonal.isfinite().all():
+    if values_known(log_abs_diagonal) and not log_abs_diagonal.isfinite().all():
         raise ValueError("log_abs_diagonal must be finite: W would be singular")
-    if check_values_known(sign) and not (sign.abs() == 1).all():
+    if values_known(sign) and not (sign.abs() == 1).all():
         raise ValueError("sign must hold 1 and -1 only")
     work = work_dtype(x, lower, upper, log_abs_diagonal)
     unit = torch.eye(channels, dtype=work, device=x.device)
@@ -236,7 +231,7 @@ def householder(x: Tensor, vectors: Tensor, *, inverse: bool = False) -> tuple[T
     _check_matrix("vectors", vectors, shape, x)
     work = work_dtype(x, vectors)
     squares = vectors.to(work).square().sum(1)
-    if check_values_known(vectors) and not ((squares > 0) & squares.isfinite()).all():
+    if values_known(vectors) and not ((squares > 0) & squares.isfinite()).all():
         raise ValueError("vectors must be finite and not have length 0")
     matrix = torch.eye(x.shape[1], dtype=work, device=x.device)
     with _no_autocast(x.device):

@@ -13,7 +13,7 @@ from .._core import ops
 from .._core.backends import select
 from .._core.checks import check_batch
 from . import op, reference
-from .checks import check_count, check_same, check_scale_map, check_spline_settings, check_values_known
+from .checks import check_count, check_same, check_scale_map, check_spline_settings, values_known
 from .reference import SCALE_MAPS, work_dtype
 from .region import Region
 
@@ -128,7 +128,7 @@ def _check_layers(
         rows = features * parameters if last else weight.shape[0]
         check_same(f"weights[{i}]", weight, (rows, degree.shape[0]), z, "this layer's outputs and inputs")
         check_same(f"biases[{i}]", bias, (rows,), z, "the rows of its weight")
-    if check_values_known(degrees[0]) and degrees[0].sort().values.tolist() != list(range(1, features + 1)):
+    if values_known(degrees[0]) and degrees[0].sort().values.tolist() != list(range(1, features + 1)):
         raise ValueError(f"degrees[0] must be a permutation of 1 .. {features}")
 
 
@@ -139,7 +139,7 @@ def _check_degrees(name: str, degree: object, z: Tensor, size: int) -> None:
         raise ValueError(f"{name} must have shape {(size,)}, got {tuple(degree.shape)}")
     if degree.device != z.device:
         raise ValueError(f"{name} must be on the device of z, {z.device}, got {degree.device}")
-    if check_values_known(degree) and size and (int(degree.min()) < 0 or int(degree.max()) > z.shape[1]):
+    if values_known(degree) and size and (int(degree.min()) < 0 or int(degree.max()) > z.shape[1]):
         raise ValueError(f"{name} must be in 0 .. {z.shape[1]}, got {int(degree.min())} to {int(degree.max())}")
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from .._core.backends import is_traced
 from .._core.checks import check_batch
 
 RngState = tuple[Tensor, ...]  # of the CPU, and of the device if that is another
@@ -129,7 +129,7 @@ class Reversible(nn.Module):
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"context[{i}] must be a tensor or None, got {type(value).__name__}")
         layers = list(reversed(self.layers)) if inverse else list(self.layers)
-        if self.training and torch.is_grad_enabled() and not _must_be_plain():
+        if self.training and torch.is_grad_enabled() and not is_traced():
             parameters = list(self.parameters())
             if any(t is not None and t.requires_grad for t in (x, *context, *parameters)):
                 return _Chain.apply(self, layers, inverse, len(context), x, *context, *parameters)
@@ -138,14 +138,6 @@ class Reversible(nn.Module):
             x, logdet = _call(layer, x, context, inverse)
             logdets.append(logdet)
         return x, functools.reduce(torch.add, logdets)
-
-
-def _must_be_plain() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
 
 
 def _call(layer: Any, x: Tensor, context: Sequence[Tensor | None], inverse: bool) -> tuple[Tensor, Tensor]:
