@@ -15,6 +15,17 @@ from .coupling import (
     standard_normal_log_prob,
     triangular_linear,
 )
+from .masked_conv import (
+    categorical_log_prob,
+    categorical_sample,
+    causal_conv1d,
+    discretized_logistic_mixture,
+    discretized_logistic_mixture_sample,
+    gated_activation,
+    horizontal_conv2d,
+    masked_conv2d,
+    vertical_conv2d,
+)
 from .sampler import (
     NoiseKey,
     SamplerTable,
@@ -40,11 +51,19 @@ __all__ = [
     "additive_coupling",
     "affine_coupling",
     "backends",
+    "categorical_log_prob",
+    "categorical_sample",
+    "causal_conv1d",
     "denoising_loss",
+    "discretized_logistic_mixture",
+    "discretized_logistic_mixture_sample",
+    "gated_activation",
+    "horizontal_conv2d",
     "householder",
     "invertible_conv1x1",
     "logistic_log_prob",
     "made_inverse",
+    "masked_conv2d",
     "nn",
     "noise_like",
     "permute_channels",
@@ -55,4 +74,5 @@ __all__ = [
     "tables",
     "triangular_linear",
     "use_backend",
+    "vertical_conv2d",
 ]

@@ -1,0 +1,230 @@
+"""Schemas, fake kernels and gradients of the masked_conv op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import ops
+from . import reference
+from .taps import Kernel, Layout
+
+_TRITON = "dgm_kernels.masked_conv.triton"
+BACKENDS = ("cpp", "triton")
+READY: tuple[str, ...] = ()
+_KERNEL = "int layout, bool strict, int groups, SymInt step_y, SymInt step_x"  # what taps.Kernel says of the masks
+
+
+def _kernel(weight: Tensor, settings: tuple[int, bool, int, int, int]) -> Kernel:
+    layout, strict, groups, *dilation = settings
+    return Kernel(Layout(layout), strict, groups, weight.shape[2], weight.shape[3], (dilation[0], dilation[1]))
+
+
+# ---- Masked convolution. Saves x and the weight.
+
+
+def _fake_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))
+
+
+def _fake_input_grad(grad: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1], *grad.shape[2:]))
+
+
+def _fake_weight_grad(grad: Tensor, x: Tensor, height: int, width: int, *settings: Any) -> Tensor:
+    return grad.new_empty((grad.shape[1], x.shape[1], height, width))
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *settings = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.settings = tuple(settings)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """To x: the convolution with the kernel turned over; to the weight: x against the gradient; to the bias: sums."""
+    x, weight, bias = ctx.saved_tensors
+    others = (None,) * len(ctx.settings)
+    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():
+        return (*_differentiable_conv_backward(ctx, grad), *others)
+    grad = grad.contiguous()
+    return (
+        input_grad[ctx.backend](grad, weight, *ctx.settings) if to_x else None,
+        weight_grad[ctx.backend](grad, x, *weight.shape[2:], *ctx.settings) if to_weight else None,
+        grad.sum((0, 2, 3)) if to_bias and bias is not None else None,
+        *others,
+    )
+
+
+def _differentiable_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    kernel = _kernel(weight, ctx.settings)
+    given = (x, weight) if bias is None else (x, weight, bias)
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (reference.masked_conv(x, weight, bias, kernel),)
+
+    grads = ops.differentiable_vjp(conv, given, (grad,))
+    return grads if bias is not None else (*grads, None)
+
+
+conv = ops.define(
+    "masked_conv",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_KERNEL}) -> Tensor",
+    _fake_conv,
+    _TRITON,
+    _conv_context,
+    _conv_backward,
+    backends=BACKENDS,
+)
+input_grad = ops.define(
+    "masked_conv_input_grad",
+    f"(Tensor grad, Tensor weight, {_KERNEL}) -> Tensor",
+    _fake_input_grad,
+    _TRITON,
+    backends=BACKENDS,
+)
+weight_grad = ops.define(
+    "masked_conv_weight_grad",
+    f"(Tensor grad, Tensor x, SymInt height, SymInt width, {_KERNEL}) -> Tensor",
+    _fake_weight_grad,
+    _TRITON,
+    backends=BACKENDS,
+)
+
+
+# ---- Gated activation. Saves x and the condition.
+
+
+def _fake_gate(x: Tensor, condition: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] // 2, *x.shape[2:]))
+
+
+def _fake_gate_backward(grad: Tensor, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    per_sample = condition is not None and condition.dim() < x.dim()
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2] if per_sample else (0,), dtype=torch.float32)
+
+
+def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """With t = tanh(a) and s = sigmoid(b): g s (1 - t^2) to a, g t s (1 - s) to b; to the condition their sums."""
+    x, condition = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        given = (x,) if condition is None else (x, condition)
+        grads = ops.differentiable_vjp(
+            lambda x, condition=None: (reference.gated_activation(x, condition),), given, (grad,)
+        )
+        return grads if condition is not None else (*grads, None)  # type: ignore[return-value]
+    to_x, sums = gate_backward[ctx.backend](grad.contiguous(), x, condition)
+    if condition is None:
+        return to_x, None
+    return to_x, (sums if condition.dim() < x.dim() else to_x).to(condition.dtype)
+
+
+gate = ops.define(
+    "masked_conv_gate",
+    "(Tensor x, Tensor? condition) -> Tensor",
+    _fake_gate,
+    _TRITON,
+    _gate_context,
+    _gate_backward,
+    backends=BACKENDS,
+)
+gate_backward = ops.define(
+    "masked_conv_gate_backward",
+    "(Tensor grad, Tensor x, Tensor? condition) -> (Tensor, Tensor)",
+    _fake_gate_backward,
+    _TRITON,
+    backends=BACKENDS,
+)
+
+
+# ---- Mixture of discretized logistics: log-prob of every pixel in float32. Saves x and the parameters.
+
+
+def _fake_mixture(x: Tensor, parameters: Tensor, levels: int) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:]), dtype=torch.float32)
+
+
+def _mixture_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, parameters, ctx.levels = inputs
+    ctx.save_for_backward(x, parameters)
+
+
+def _mixture_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    x, parameters = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        to_parameters = ops.differentiable_vjp(
+            lambda p: (reference.discretized_logistic_mixture(x.float(), p.float(), ctx.levels),),
+            (parameters,),
+            (grad,),
+        )[0]
+        return None, to_parameters, None
+    return None, mixture_backward[ctx.backend](grad.contiguous(), x, parameters, ctx.levels), None
+
+
+mixture = ops.define(
+    "masked_conv_mixture",
+    "(Tensor x, Tensor parameters, int levels) -> Tensor",
+    _fake_mixture,
+    _TRITON,
+    _mixture_context,
+    _mixture_backward,
+    backends=BACKENDS,
+)
+mixture_backward = ops.define(
+    "masked_conv_mixture_backward",
+    "(Tensor grad, Tensor x, Tensor parameters, int levels) -> Tensor",
+    lambda grad, x, parameters, levels: parameters.new_empty(parameters.shape),
+    _TRITON,
+    backends=BACKENDS,
+)
+
+
+# ---- Categorical: logits [outer, levels, inner], x [outer, inner]. Saves both and log sum exp.
+
+
+def _fake_categorical(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _categorical_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _categorical_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[None, Tensor | None]:
+    """g (one-hot of x - softmax)."""
+    x, logits, normaliser = ctx.saved_tensors
+    if grad is None:
+        return None, None
+    if torch.is_grad_enabled():
+        return None, ops.differentiable_vjp(
+            lambda logits: (reference.categorical_log_prob(x, logits.float()),), (logits,), (grad,)
+        )[0]
+    return None, categorical_backward[ctx.backend](grad.contiguous(), x, logits, normaliser)
+
+
+categorical = ops.define(
+    "masked_conv_categorical",
+    "(Tensor x, Tensor logits) -> (Tensor, Tensor)",
+    _fake_categorical,
+    _TRITON,
+    _categorical_context,
+    _categorical_backward,
+    backends=BACKENDS,
+)
+categorical_backward = ops.define(
+    "masked_conv_categorical_backward",
+    "(Tensor grad, Tensor x, Tensor logits, Tensor normaliser) -> Tensor",
+    lambda grad, x, logits, normaliser: logits.new_empty(logits.shape),
+    _TRITON,
+    backends=BACKENDS,
+)
