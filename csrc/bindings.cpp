@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "coupling/launch.h"
+#include "masked_conv/launch.h"
 #include "sampler/launch.h"
 
 namespace py = pybind11;
@@ -50,6 +51,9 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("coupling_spline_backward.cpp", TORCH_FN(dgm::coupling::spline_backward));
   m.impl("coupling_log_prob.cpp", TORCH_FN(dgm::coupling::log_prob));
   m.impl("coupling_made_inverse.cpp", TORCH_FN(dgm::coupling::made_inverse));
+  m.impl("masked_conv.cpp", TORCH_FN(dgm::masked_conv::conv));
+  m.impl("masked_conv_input_grad.cpp", TORCH_FN(dgm::masked_conv::input_grad));
+  m.impl("masked_conv_weight_grad.cpp", TORCH_FN(dgm::masked_conv::weight_grad));
 }
 
 #ifdef DGM_WITH_CUDA

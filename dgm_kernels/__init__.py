@@ -24,6 +24,7 @@ from .masked_conv import (
     gated_activation,
     horizontal_conv2d,
     masked_conv2d,
+    masked_linear,
     vertical_conv2d,
 )
 from .sampler import (
@@ -64,6 +65,7 @@ __all__ = [
     "logistic_log_prob",
     "made_inverse",
     "masked_conv2d",
+    "masked_linear",
     "nn",
     "noise_like",
     "permute_channels",

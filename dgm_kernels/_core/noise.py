@@ -149,3 +149,8 @@ def interleave(groups: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
 def normal_noise(shape: torch.Size, device: torch.device, args: OpArgs, step: int | Tensor = 0) -> Tensor:
     """Standard normal noise, float32, of the key that ``args`` spell out."""
     return interleave(normals(words(shape, device, args, step)), shape)
+
+
+def uniform_noise(shape: torch.Size, device: torch.device, args: OpArgs, step: int | Tensor = 0) -> Tensor:
+    """Uniform noise in (0, 1], float32, of the key that ``args`` spell out."""
+    return interleave(uniforms(words(shape, device, args, step)), shape)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .._core import ops
 from .._core.backends import select
@@ -26,6 +21,8 @@ from .checks import (
     mixtures_of,
     pair,
 )
+from .linear import masked_linear
+from .overridable import overridable
 from .taps import Kernel, Layout
 
 __all__ = [
@@ -37,26 +34,12 @@ __all__ = [
     "gated_activation",
     "horizontal_conv2d",
     "masked_conv2d",
+    "masked_linear",
     "vertical_conv2d",
 ]
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
-
-def _overridable(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Lets tensor-like first arguments take over, as PyTorch's own functions do: so torch.fx can record the call."""
-
-    @functools.wraps(function)
-    def overridable(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if args and has_torch_function_unary(args[0]):
-            return handle_torch_function(overridable, args[:1], *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return overridable
-
-
-@_overridable
+@overridable
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -102,7 +85,7 @@ def masked_conv2d(
     return _conv(x, weight, bias, Layout.RASTER, strict, groups, pair("dilation", dilation), gated, condition)
 
 
-@_overridable
+@overridable
 def vertical_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -138,7 +121,7 @@ def vertical_conv2d(
     return _conv(x, weight, bias, Layout.VERTICAL, strict, 1, pair("dilation", dilation), gated, condition)
 
 
-@_overridable
+@overridable
 def horizontal_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -176,7 +159,7 @@ def horizontal_conv2d(
     return _conv(x, weight, bias, Layout.HORIZONTAL, strict, groups, pair("dilation", dilation), gated, condition)
 
 
-@_overridable
+@overridable
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -257,7 +240,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]  # type: ignore[misc]
 
 
-@_overridable
+@overridable
 def gated_activation(x: Tensor, condition: Tensor | None = None, *, channel_groups: int = 1) -> Tensor:
     """``tanh(a) * sigmoid(b)`` with ``[a, b] = x + condition``, the halves of the channels.
 
@@ -364,7 +347,7 @@ def discretized_logistic_mixture_sample(parameters: Tensor, uniform: Tensor, *, 
     return reference.discretized_logistic_mixture_sample(_wide(parameters), uniform, levels)
 
 
-@_overridable
+@overridable
 def categorical_log_prob(x: Tensor, logits: Tensor, *, dim: int = 1) -> Tensor:
     """``log softmax(logits)[x]``: log-probability of each level, in one pass that stores neither softmax nor one-hot.
 

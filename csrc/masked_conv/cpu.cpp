@@ -1,0 +1,56 @@
+// CPU loops of the masked_conv op; built once per instruction set, without torch headers.
+#include "masked_conv/cpu.h"
+
+#include "masked_conv/conv.h"
+
+namespace dgm::masked_conv {
+namespace DGM_ISA_NAMESPACE {
+
+int64_t panel_width() { return kPanel; }
+
+int64_t tile_length() { return kTile; }
+
+void conv(const ConvArgs& a, float* scratch, int64_t begin, int64_t end) {
+  const int64_t panels = panels_of(a.outputs);
+  for (int64_t unit = begin, copied = -1; unit < end; ++unit) {
+    const int64_t sample = unit / a.parts, part = unit % a.parts;
+    if (sample != copied) copy_padded(a, sample, scratch);
+    copied = sample;
+    for (int64_t panel = panels * part / a.parts; panel < panels * (part + 1) / a.parts; ++panel)
+      conv_panel(a, scratch, sample, panel);
+  }
+}
+
+void weight_grad_rows(const WeightGradArgs& a, int64_t begin, int64_t end) {
+  const int64_t plane = a.height * a.width, stride = padded_inputs(a);
+  for (int64_t sample = begin; sample < end; ++sample) {
+    const char* x = sample_of(a.x, sample, a.inputs * plane);
+    planes_to_rows(a.x, x, a.inputs, plane, stride, a.x_rows + sample * plane * stride);
+    const char* grad = sample_of(a.grad, sample, a.outputs * plane);
+    for (int64_t panel = 0; panel < panels_of(a.outputs); ++panel) {
+      const int64_t first = panel * kPanel;
+      planes_to_rows(a.grad, grad + first * plane * element_size(a.grad.dtype), a.outputs - first, plane, kPanel,
+                     a.grad_rows + (panel * a.batch + sample) * plane * kPanel);
+    }
+  }
+}
+
+int64_t weight_grad_units(const WeightGradArgs& a) {
+  const int64_t groups = (a.number + a.taps_together - 1) / a.taps_together;
+  return panels_of(a.outputs) * Pieces(a.inputs).number * groups;
+}
+
+void weight_grad(const WeightGradArgs& a, int64_t begin, int64_t end) {
+  const int64_t groups = (a.number + a.taps_together - 1) / a.taps_together;
+  const Pieces inputs(a.inputs);
+  alignas(64) float totals[kMaxTapsTogether * kTile * kPanel];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t group = unit % groups, piece = unit / groups % inputs.number, panel = unit / groups / inputs.number;
+    const int64_t first = group * a.taps_together, last = first + a.taps_together;
+    weight_grad_unit(a, panel, inputs.begin(piece), inputs.length(piece), first, last < a.number ? last : a.number,
+                     totals);
+  }
+}
+
+}  // namespace DGM_ISA_NAMESPACE
+}  // namespace dgm::masked_conv

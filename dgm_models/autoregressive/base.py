@@ -1,0 +1,236 @@
+"""What all autoregressive families share: the distribution of a network's outputs, exact log-probabilities, samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dgm_kernels
+from dgm_kernels import NoiseKey
+
+from ..model import GenerativeModel, Stream, check_number, check_positive, check_sizes
+
+OUTPUTS = ("bernoulli", "categorical", "logistic_mixture")
+
+
+class Autoregressive(GenerativeModel):
+    """A product of conditional distributions, one for each number, or each pixel: ``log p(x) = sum_i log p(x_i | x_<i)``.
+
+    This is the base class of the families, and no model by itself: a family is a subclass whose arguments are JSON
+    values (see :class:`.GenerativeModel`), from which it makes the network that it hands to this constructor.
+
+    Samples go pixel by pixel, by ``dgm_kernels.incremental_sampler``, which computes every feature of the network once.
+    Its noise is a function of the seed, the sample's index and the pixel, and so is the sample.
+
+    Args:
+        image_shape: of one sample.
+        network: called with x in [-1, 1], shaped ``[batch, *network_shape]``, and with the classes, int64 ``[batch]``
+            (None without classes); returns the parameters of each number's distribution, in the dimension after the
+            batch: see :func:`output_channels`.
+        network_shape: what the network takes a sample for; the numbers in the same order. None for ``image_shape``.
+        output: ``"bernoulli"`` (2 levels), ``"categorical"`` or ``"logistic_mixture"``.
+        levels: of the data in [-1, 1], equally spaced.
+        num_classes: classes to condition on; None for none.
+    """
+
+    exact_likelihood = True
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        network: nn.Module,
+        network_shape: Sequence[int] | None,
+        output: str,
+        levels: int,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        self.sample_shape = check_sizes("image_shape", image_shape)
+        self.network_shape = self.sample_shape if network_shape is None else tuple(network_shape)
+        self.network, self.output, self.levels, self.num_classes = network, output, levels, num_classes
+        self.conditional = num_classes is not None
+
+    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
+        """``nll``: the mean negative log-probability of a sample in nats."""
+        self._check_batch(x)
+        return {"nll": -self._log_prob(x, self._labels(cond, x.shape[0])).mean()}
+
+    def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Exact log-probability in nats, ``[batch]``, in one pass over the network.
+
+        Args:
+            x: ``[batch, *image_shape]`` on the grey levels.
+            cond: int64 ``[batch]``, the classes, if the model has any.
+        """
+        self._check_data(x)
+        with self._evaluating():
+            return self._log_prob(x, self._labels(cond, x.shape[0]))
+
+    def _log_prob(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        return self._network_log_prob(self.network, x, labels)
+
+    def _network_log_prob(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+        x = x.reshape(-1, *self.network_shape)
+        parameters = network(x, labels)
+        if self.output == "bernoulli":
+            return F.logsigmoid(x * parameters).flatten(1).sum(1)  # sigmoid(-logit) is the probability of level 0
+        if self.output == "categorical":
+            level = self._level(x)
+            logits = parameters.unflatten(1, (x.shape[1], self.levels))
+            return dgm_kernels.categorical_log_prob(level, logits, dim=2).flatten(1).sum(1)
+        return dgm_kernels.discretized_logistic_mixture(x, parameters, levels=self.levels).flatten(1).sum(1)
+
+    def _sample(  # type: ignore[override]
+        self,
+        n: int,
+        seed: int,
+        cond: Tensor | None,
+        first_sample: int,
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Samples pixel by pixel.
+
+        Args:
+            n, seed, cond, first_sample: see ``sample``.
+            known: samples whose pixels are given where ``mask`` is 1, to be completed; both broadcast to the samples.
+                A pixel is drawn given those before it in the order of the model: what is known of later ones does not
+                steer it.
+            mask: 1 (or True) where ``known`` is kept, 0 where the model draws.
+        """
+        given = self._given(known, mask, n)
+        return self._draw(self.network, NoiseKey(seed, first_sample), self._labels(cond, n), n, given)
+
+    def _draw(
+        self, network: nn.Module, key: NoiseKey, labels: Tensor | None, n: int, given: dict[str, Tensor]
+    ) -> Tensor:
+        """n samples of one network."""
+        scale = 2 / (self.levels - 1)
+        sampler = dgm_kernels.incremental_sampler(
+            network, self.network_shape, output=self.output, levels=self.levels, scale=scale, offset=-1.0
+        )
+        level = sampler(n, key=key, condition=labels, **given)
+        return (level.to(self.dtype) * scale - 1).view(n, *self.sample_shape)
+
+    def _given(self, known: Tensor | None, mask: Tensor | None, n: int) -> dict[str, Tensor]:
+        """What is known of n samples as the sampler takes it: levels and a mask, in the network's shape."""
+        if (known is None) != (mask is None):
+            raise ValueError("known and mask must be given together")
+        if known is None or mask is None:
+            return {}
+        for name, value in (("known", known), ("mask", mask)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            try:
+                torch.broadcast_shapes(value.shape, (n, *self.sample_shape))
+            except RuntimeError:
+                raise ValueError(
+                    f"{name} must broadcast to shape {(n, *self.sample_shape)}, got {tuple(value.shape)}"
+                ) from None
+        kept = mask.bool().expand(n, *self.sample_shape)
+        known = torch.where(kept, known, -1.0).to(self.dtype)  # what is not known need not be on a level, nor a number
+        self._check_data(known)
+        return {
+            "given": self._level(known).reshape(n, *self.network_shape),
+            "known": kept.reshape(n, *self.network_shape),
+        }
+
+    def _level(self, x: Tensor) -> Tensor:
+        """Grey levels 0 .. levels - 1, int64."""
+        assert self.levels is not None
+        return ((x + 1) / 2 * (self.levels - 1)).round().to(torch.int64)
+
+    def _labels(self, cond: Tensor | None, n: int) -> Tensor | None:
+        """The classes of n samples, checked."""
+        cond = self._check_cond(cond, n)
+        if self.num_classes is None:
+            return None
+        if cond is None:
+            raise ValueError(f"cond must be given: this {self.model_name} is conditional (config: num_classes)")
+        if cond.dtype != torch.int64 or cond.dim() != 1:
+            raise TypeError(f"cond must be int64 of shape [batch], got {cond.dtype} of shape {tuple(cond.shape)}")
+        # Looking at the values of a tensor on another device would wait for it.
+        if cond.device.type == "cpu" and not bool(((cond >= 0) & (cond < self.num_classes)).all()):
+            raise ValueError(f"cond must be in 0 .. {self.num_classes - 1}, got {cond.tolist()}")
+        return cond
+
+
+def check_output(output: str | None, levels: int) -> str:
+    """The distribution; None stands for Bernoulli at 2 levels and categorical at more."""
+    if check_positive("levels", levels) < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    if output is None:
+        return "bernoulli" if levels == 2 else "categorical"
+    if output not in OUTPUTS:
+        raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    if output == "bernoulli" and levels != 2:
+        raise ValueError(f"levels must be 2 with output 'bernoulli', got {levels}")
+    return output
+
+
+def output_channels(output: str, channels: int, levels: int, mixtures: int) -> int:
+    """Numbers that the network returns for a pixel.
+
+    Logits of level 1 for each channel; logits of every level, those of the first channel, then those of the second, ...;
+    or the parameters of ``dgm_kernels.discretized_logistic_mixture``.
+    """
+    if output == "bernoulli":
+        return channels
+    if output == "categorical":
+        return channels * levels
+    if channels not in (1, 3):
+        raise ValueError(f"image_shape must have 1 or 3 channels with output 'logistic_mixture', got {channels}")
+    return (10 if channels == 3 else 3) * check_positive("mixtures", mixtures)
+
+
+def check_image(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """``image_shape`` if it is channels, height and width, else an error."""
+    shape = check_sizes("image_shape", image_shape)
+    if len(shape) != 3:
+        raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
+    return shape[0], shape[1], shape[2]
+
+
+def check_dropout(dropout: float) -> float:
+    """``dropout`` if it is a number in [0, 1), else an error."""
+    if not 0 <= check_number("dropout", dropout) < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    return float(dropout)
+
+
+def check_odd(name: str, value: int) -> int:
+    """``value`` if it is a positive odd int, else an error that names it."""
+    if check_positive(name, value) % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {value}")
+    return value
+
+
+def colour_groups(output: str, channels: int, **widths: int) -> int:
+    """Groups of features: one a colour, so that a colour sees those before it.
+
+    A mixture of logistics draws the colours of a pixel together: its features know none of them.
+    """
+    groups = 1 if output == "logistic_mixture" else channels
+    for name, width in widths.items():
+        if check_positive(name, width) % groups:
+            raise ValueError(f"{name} must be divisible by the {groups} colours, got {width}")
+    return groups
+
+
+def class_bias(num_classes: int | None, width: int) -> nn.Module | None:
+    """What a class adds to the features of a layer, 0 at first; None without classes."""
+    if num_classes is None:
+        return None
+    bias = nn.Embedding(check_positive("num_classes", num_classes), width)
+    nn.init.zeros_(bias.weight)
+    return bias
+
+
+def log_mean_exp(x: Tensor) -> Tensor:
+    """Log of the mean of exp(x) over dimension 0."""
+    return torch.logsumexp(x, 0) - math.log(x.shape[0])

@@ -1,0 +1,153 @@
+"""MADE: masked dense networks in several orders of the pixels, and the mixture of their distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgm_kernels import NoiseKey, noise_like
+from dgm_kernels.nn import MaskedLinear
+
+from ..model import Stream, check_positive, check_sizes
+from ..registry import register_model
+from .base import Autoregressive, check_dropout, check_output, class_bias, log_mean_exp
+
+ORDERS = ("random", "natural")
+
+
+@register_model("made")
+class MADE(Autoregressive):
+    """The mean density of several masked networks, each with an order of its own: a mixture, and so a density too.
+
+    A sample picks a network, then goes number by number in its order.
+
+    Args:
+        image_shape: of one sample.
+        hidden: sizes of the hidden layers of each network.
+        networks: how many.
+        order: ``"random"``, or ``"natural"`` for raster order, colour by colour in a pixel, in which case there is but
+            one network.
+        dropout: share of the hidden units that is dropped in training.
+        levels: of the data in [-1, 1], equally spaced: with 2 the distributions are Bernoulli, with more categorical.
+        num_classes: classes to condition on; None for none.
+
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation", 2015.
+    """
+
+    default_settings: ClassVar = {"steps": 2500, "validation_draws": 1}
+
+    def __init__(
+        self,
+        image_shape: Sequence[int] = (1, 8, 8),
+        hidden: Sequence[int] = (512,),
+        networks: int | None = None,
+        order: str = "random",
+        dropout: float = 0.5,
+        levels: int = 2,
+        num_classes: int | None = None,
+    ) -> None:
+        output = check_output(None, levels)
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+        networks = (16 if order == "random" else 1) if networks is None else check_positive("networks", networks)
+        if order == "natural" and networks > 1:
+            raise ValueError(f"networks must be 1 with order 'natural', got {networks}")
+        shape = check_sizes("image_shape", image_shape)
+        numbers = 1 if output == "bernoulli" else levels
+        mixture = nn.ModuleList(
+            MaskedMLP(
+                natural_order(shape) if order == "natural" else random_order(math.prod(shape), place),
+                check_sizes("hidden", hidden),
+                numbers,
+                dropout=check_dropout(dropout),
+                num_classes=num_classes,
+            )
+            for place in range(networks)
+        )
+        super().__init__(image_shape, mixture, (math.prod(shape),), output, levels, num_classes)
+
+    def _networks(self) -> list[nn.Module]:
+        assert isinstance(self.network, nn.ModuleList)
+        return list(self.network)
+
+    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
+        """``nll``: the mean negative log-probability of a sample in nats, in training also over the networks."""
+        self._check_batch(x)
+        labels = self._labels(cond, x.shape[0])
+        if not self.training:
+            return {"nll": -self._log_prob(x, labels).mean()}
+        return {"nll": -self._log_probs(x, labels).mean()}
+
+    def _log_probs(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """``[networks, batch]``."""
+        return torch.stack([self._network_log_prob(network, x, labels) for network in self._networks()])
+
+    def _log_prob(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        return log_mean_exp(self._log_probs(x, labels))
+
+    def _sample(  # type: ignore[override]
+        self,
+        n: int,
+        seed: int,
+        cond: Tensor | None,
+        first_sample: int,
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Samples number by number, each by a network drawn for it; arguments as in :class:`.Autoregressive`."""
+        given, labels, networks = self._given(known, mask, n), self._labels(cond, n), self._networks()
+        key = NoiseKey(seed, first_sample)
+        like = torch.empty(n, 1, device=self.device)
+        u = noise_like(like, dataclasses.replace(key, stream=Stream.INITIAL_STATE), distribution="uniform")
+        chosen = (u[:, 0] * len(networks)).ceil().long() - 1
+        samples = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
+        for place in chosen.unique().tolist():
+            rows = (chosen == place).nonzero()[:, 0]
+            own = {name: value[rows] for name, value in given.items()}
+            own_key = dataclasses.replace(key, first_sample=0, samples=first_sample + rows)
+            own_labels = None if labels is None else labels[rows]
+            samples[rows] = self._draw(networks[place], own_key, own_labels, len(rows), own)
+        return samples
+
+
+class MaskedMLP(nn.Module):
+    """A dense network whose outputs for a number see only the numbers before it; without hidden layers, a linear map.
+
+    Args:
+        order: int64 ``[numbers]``, a permutation of 1 .. numbers: the place of each in the order.
+        hidden: sizes of the hidden layers.
+        outputs: of each number.
+        dropout: share of the hidden units that is dropped in training.
+        num_classes: classes to condition on; None for none.
+
+    Shape:
+        ``[batch, numbers]`` to ``[batch, numbers * outputs]``, those of the first number first.
+    """
+
+    def __init__(
+        self, order: Tensor, hidden: Sequence[int], outputs: int, *, dropout: float = 0.0, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        degrees = [order, *(hidden_degrees(size, len(order)) for size in hidden)]
+        self.hidden = nn.ModuleList(MaskedLinear(before, after) for before, after in itertools.pairwise(degrees))
+        self.out = MaskedLinear(degrees[-1], order.repeat_interleave(outputs), strict=True)
+        self.class_biases = nn.ModuleList()
+        self.dropout = nn.Dropout(dropout)
+        for layer in self.hidden:
+            nn.init.zeros_(layer.bias)
+            nn.init.normal_()
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """``[batch, numbers * outputs]``."""
+        for layer in self.hidden:
+            x = self.dropout(F.relu(layer(x)))
+        return self.out(x)

@@ -1,0 +1,334 @@
+"""The rest of the contract of masked convolutions: layouts, threads, compilation, autocast, transforms, repeatability."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgm_kernels import masked_conv2d, use_backend
+from dgm_kernels.masked_conv import op
+from dgm_kernels.masked_conv.taps import Layout
+from tests.contract import (
+    assert_autocast_like,
+    assert_bitwise_repeatable,
+    assert_compiles,
+    assert_inputs_unchanged,
+    assert_vmap,
+    strided_variants,
+)
+from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
+
+ROOT = Path(__file__).resolve().parents[1]
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+# One of each kind: plain, with everything, without a bias, in one dimension.
+SOME_CASES = (
+    ConvCase("raster", "A", (5, 3)),
+    ConvCase("raster", "B", (3, 3), groups=2, dilation=(2, 1), gated=True, condition="sample"),
+    ConvCase("vertical", "B", (2, 3), bias=False, gated=True, condition="map"),
+    ConvCase("horizontal", "A", (1, 3), groups=2),
+    ConvCase("causal", "B", (1, 2), dilation=(1, 2), gated=True),
+)
+some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
+
+
+def with_grads(case: ConvCase, operands: list[Tensor]) -> list[Tensor]:
+    """The result, and the gradients of a sum that weighs each of its elements differently."""
+    leaves = [operand.detach().requires_grad_() for operand in operands]
+    y = case.call(*leaves)
+    weights = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
+
+
+def opcheck_cases() -> list[Any]:
+    x, grad = torch.randn(2, 4, 5, 6), torch.randn(2, 6, 5, 6)
+    weight, bias, row = torch.randn(6, 4, 3, 5), torch.randn(6), torch.randn(6, 4, 1, 3)
+    leaves = lambda *tensors: [tensor.clone().requires_grad_() for tensor in tensors]  # noqa: E731
+    raster, groups = (int(Layout.RASTER), False, 1, 1, 1), (int(Layout.RASTER), True, 2, 2, 1)
+    left = (int(Layout.HORIZONTAL), False, 2, 1, 3)
+    vertical = (int(Layout.VERTICAL), True, 1, 1, 1)
+    return [
+        (op.conv, (x, weight, bias, *raster)),
+        (op.conv, (*leaves(x, weight, bias), *groups)),
+        (op.conv, (*leaves(x.bfloat16(), weight.bfloat16()), None, *vertical)),
+        (op.conv, (*leaves(x, row, bias), *left)),
+        (op.input_grad, (grad, weight, *groups)),
+        (op.input_grad, (grad.half(), row.half(), *left)),
+        (op.weight_grad, (grad, x, 3, 5, *vertical)),
+        (op.weight_grad, (grad.bfloat16(), x.bfloat16(), 1, 3, *left)),
+    ]
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("index", range(8))
+def test_opcheck(backend, index):
+    overloads, args = opcheck_cases()[index]
+    torch.library.opcheck(overloads[backend], args)
+
+
+@on_every_backend
+@every_case
+def test_strides_and_offsets(case, backend):
+    """Every operand in every layout: the result and the gradients of contiguous operands."""
+    operands = case.make((2, 3, 4, 3, 5))
+    with use_backend(backend):
+        expected = with_grads(case, operands)
+        for index, operand in enumerate(operands):
+            for variant in strided_variants(operand):
+                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
+                # PyTorch's convolutions and sums take another way for other layouts.
+                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@on_every_backend
+@some_cases
+def test_expanded_operands(case, backend):
+    """One sample, channel, pixel or tap for all, without a copy of it in memory."""
+    operands = case.make(SMALL_SIZE)
+    with use_backend(backend):
+        for index, operand in enumerate(operands):
+            for dim in range(operand.dim()):
+                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
+                actual = with_grads(case, [*operands[:index], wide, *operands[index + 1 :]])
+                expected = with_grads(case, [*operands[:index], wide.clone(), *operands[index + 1 :]])
+                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_case
+def test_inputs_unchanged_and_repeatable(case, dtype, backend):
+    for size in (SIZES[3], SIZES[6]):
+        operands = case.make(size, dtype)
+        with use_backend(backend):
+            with assert_inputs_unchanged(*operands):
+                with_grads(case, operands)
+            assert_bitwise_repeatable(lambda operands=operands: with_grads(case, operands))
+
+
+@pytest.fixture
+def thread_counts() -> Iterator[tuple[int, ...]]:
+    before = torch.get_num_threads()
+    yield 1, 2, 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@some_cases
+def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
+    """Many samples, few of many channels, one of many pixels: however the work is cut."""
+    for size in ((17, 4, 6, 5, 6), (2, 34, 66, 9, 7), (1, 2, 4, 61, 67)):
+        operands = case.make(size)
+        results = []
+        for threads in thread_counts:
+            torch.set_num_threads(threads)
+            with use_backend(backend):
+                results.append(with_grads(case, operands))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@on_every_backend
+@some_cases
+def test_samples_do_not_depend_on_their_batch(case, backend):
+    operands = case.make((5, 3, 6, 4, 7))
+    alone = [t[2:3] if name in ("x", "condition") else t for name, t in zip(case.names, operands, strict=True)]
+    with use_backend(backend):
+        torch.testing.assert_close(case.call(*alone), case.call(*operands)[2:3], rtol=1e-5, atol=1e-6)
+
+
+def resized(case: ConvCase, size: tuple[int, ...], like: list[Tensor]) -> list[Tensor]:
+    """Operands of another batch and image for the same weights."""
+    fresh = case.make(size, grad=True)
+    kept = ("weight", "bias")
+    return [old if name in kept else new for name, old, new in zip(case.names, like, fresh, strict=True)]
+
+
+@on_every_backend
+@some_cases
+def test_compiles_once_for_two_sizes(case, backend):
+    """Another batch and another image; then other numbers of channels."""
+    small = case.make((2, 4, 8, 4, 6), grad=True)
+    with use_backend(backend):
+        assert_compiles(case.call, small, resized(case, (3, 4, 8, 7, 9), small), backend="aot_eager")
+        assert_compiles(case.call, small, case.make((3, 6, 12, 7, 9), grad=True), backend="aot_eager")
+
+
+@on_every_backend
+def test_a_stack_compiles_with_inductor(backend):
+    """Two layers, the gate and a loss in one graph, forward and backward."""
+    first, second = SOME_CASES[0].make((1, 3, 8, 1, 1))[1:], SOME_CASES[1].make((1, 8, 16, 1, 1))[1:3]
+
+    def loss(x: Tensor, condition: Tensor, w: Tensor) -> Tensor:
+        hidden = F.relu(SOME_CASES[0].call(x, w, first[1]))
+        return SOME_CASES[1].call(hidden, *second, condition).square().mean()
+
+    def args(batch: int, height: int, width: int) -> list[Tensor]:
+        tensors = torch.randn(batch, 3, height, width), torch.randn(batch, 16), first[0]
+        return [tensor.clone().requires_grad_() for tensor in tensors]
+
+    with use_backend(backend):
+        assert_compiles(loss, args(2, 5, 6), args(3, 7, 9))
+
+
+@on_every_backend
+@every_case
+def test_autocast_like_conv2d(case, backend):
+    """bfloat16 and float16 out of float32; a float32 condition promotes, as it does eager; float64 is left alone."""
+    operands = case.make(SMALL_SIZE)
+    with use_backend(backend):
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_autocast_like(case.call, case.call_eager, operands, dtype)
+            mixed = [operands[0].to(dtype), *operands[1:]]
+            assert_autocast_like(case.call, case.call_eager, mixed, dtype)
+    assert_autocast_like(case.call, case.call_eager, [operand.double() for operand in operands])
+
+
+@on_every_backend
+@some_cases
+def test_gradients_under_autocast(case, backend):
+    """In the dtype of each operand; as far off as 16 bits are."""
+
+    def grads(function: Any) -> tuple[Tensor, ...]:
+        leaves = [operand.clone().requires_grad_() for operand in operands]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(*leaves)
+        return torch.autograd.grad(y.float().square().sum(), leaves)
+
+    operands = case.make(SMALL_SIZE)
+    with use_backend(backend):
+        actual = grads(case.call)
+    for ours, eager in zip(actual, grads(case.call_eager), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, eager, rtol=3e-2, atol=3e-2 * float(eager.abs().max()))
+
+
+def test_autocast_in_compiled_code():
+    case = SOME_CASES[1]
+
+    def run(*operands: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return case.call(*operands).float()
+
+    for backend in BACKENDS:
+        small = case.make((2, 4, 8, 4, 6), grad=True)
+        with use_backend(backend):
+            assert_compiles(run, small, resized(case, (3, 4, 8, 7, 9), small), backend="aot_eager")
+
+
+@every_case
+def test_vmap(case):
+    """Over an added dimension of every operand; over that of the weights alone, as an ensemble does; of x alone."""
+    stacked = [torch.stack(parts) for parts in zip(*(case.make((2, 3, 4, 3, 4)) for _ in range(3)), strict=True)]
+    assert_vmap(case.call, stacked)
+    for mapped in (0, 1):
+        dims = tuple(0 if index == mapped else None for index in range(len(stacked)))
+        args = [t if dim == 0 else t[0] for t, dim in zip(stacked, dims, strict=True)]
+        assert_vmap(case.call, args, dims)
+
+
+@some_cases
+def test_functional_transforms(case):
+    """torch.func's gradient, directional derivative and per-sample gradients are those of autograd."""
+    operands = case.make((2, 3, 4, 3, 4), torch.float64)
+
+    def total(*operands: Tensor) -> Tensor:
+        return case.call(*operands).sin().sum()
+
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands), expected)
+    tangents = tuple(torch.randn_like(operand) for operand in operands)
+    _, derivative = torch.func.jvp(total, tuple(operands), tangents)
+    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
+    torch.testing.assert_close(derivative, along)
+
+    per_sample = [name in ("x", "condition") for name in case.names]
+    each = torch.func.vmap(
+        torch.func.grad(lambda *one: total(*(t[None] if p else t for t, p in zip(one, per_sample, strict=True))), 1),
+        in_dims=tuple(0 if p else None for p in per_sample),
+    )(*operands)
+    torch.testing.assert_close(each.sum(0), expected[1])
+
+
+@every_case
+def test_forward_mode_in_float32(case):
+    """Dual numbers take the reference by themselves."""
+    operands = case.make((2, 3, 4, 3, 4))
+    tangents = [torch.randn_like(operand) for operand in operands]
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(o, t) for o, t in zip(operands, tangents, strict=True)]
+        actual = torch.autograd.forward_ad.unpack_dual(case.call(*duals)).tangent
+    wide, along = ([t.double() for t in tensors] for tensors in (operands, tangents))
+    _, expected = torch.func.jvp(case.call_eager, tuple(wide), tuple(along))
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_takes_no_gradient_records_none():
+    operands = SOME_CASES[1].make(SMALL_SIZE, grad=True)
+    for backend in BACKENDS:
+        with use_backend(backend), torch.no_grad():
+            assert not SOME_CASES[1].call(*operands).requires_grad
+        with use_backend(backend), torch.inference_mode():
+            torch.testing.assert_close(SOME_CASES[1].call(*operands), SOME_CASES[1].call_eager(*operands))
+
+
+def test_meta_tensors_give_shapes():
+    """Without values: for models built on the meta device."""
+    for case in CASES:
+        operands = [operand.to("meta") for operand in case.make(SMALL_SIZE)]
+        y = case.call(*operands)
+        assert y.device.type == "meta" and y.shape == case.call_eager(*case.make(SMALL_SIZE)).shape
+
+
+ISA_SCRIPT = """
+import sys, torch
+from dgm_kernels import backends
+from tests.masked_conv_cases import CASES, SIZES
+torch.manual_seed(0)
+outputs = []
+for case in CASES:
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = case.make(SIZES[4], dtype, grad=True)
+        y = case.call(*leaves)
+        y.float().square().sum().backward()
+        outputs.append([y.detach()] + [leaf.grad for leaf in leaves])
+torch.save(outputs, sys.argv[1])
+print(backends()["cpp"])
+"""
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_instruction_sets_agree(backend, tmp_path):
+    results = {}
+    for isa in ("default", "avx2", "avx512"):
+        command = [sys.executable, "-c", ISA_SCRIPT, str(tmp_path / isa)]
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+        if isa in done.stdout:  # else this CPU does not have it
+            results[isa] = torch.load(tmp_path / isa)
+    for outputs in results.values():
+        for ours, theirs in zip(outputs, results["default"], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                tolerance, size = 1e-5 if a.dtype == torch.float32 else 2e-2, max(1.0, float(b.abs().max()))
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+
+
+@on_every_backend
+def test_an_unusual_image_is_not_cut_short(backend):
+    """Thousands of samples, columns or rows: more than any tile of a kernel."""
+    weight, bias = torch.randn(2, 1, 3, 3), torch.randn(2)
+    for shape in ((3000, 1, 2, 2), (1, 1, 2, 5000), (1, 1, 5000, 2)):
+        x = torch.randn(shape)
+        with use_backend(backend):
+            actual = masked_conv2d(x, weight, bias, mask_type="A")
+        expected = ConvCase("raster", "A", (3, 3)).call_eager(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
