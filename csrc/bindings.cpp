@@ -54,6 +54,8 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("masked_conv.cpp", TORCH_FN(dgm::masked_conv::conv));
   m.impl("masked_conv_input_grad.cpp", TORCH_FN(dgm::masked_conv::input_grad));
   m.impl("masked_conv_weight_grad.cpp", TORCH_FN(dgm::masked_conv::weight_grad));
+  m.impl("masked_conv_pack.cpp", TORCH_FN(dgm::masked_conv::pack_program));
+  m.impl("masked_conv_generate.cpp", TORCH_FN(dgm::masked_conv::generate));
 }
 
 #ifdef DGM_WITH_CUDA

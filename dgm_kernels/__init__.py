@@ -27,6 +27,7 @@ from .masked_conv import (
     masked_linear,
     vertical_conv2d,
 )
+from .masked_conv.generate import IncrementalSampler, incremental_sampler
 from .sampler import (
     NoiseKey,
     SamplerTable,
@@ -43,6 +44,7 @@ from .sampler import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "IncrementalSampler",
     "NoiseKey",
     "SamplerTable",
     "Schedule",
@@ -61,6 +63,7 @@ __all__ = [
     "gated_activation",
     "horizontal_conv2d",
     "householder",
+    "incremental_sampler",
     "invertible_conv1x1",
     "logistic_log_prob",
     "made_inverse",

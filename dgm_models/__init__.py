@@ -3,11 +3,12 @@
 from .model import DensityUnavailable, GenerativeModel
 from .registry import create_model, from_pretrained, list_models, register_model
 
-from . import ddpm, flows  # isort: skip  (registers the families)
+from . import autoregressive, ddpm, flows  # isort: skip  (registers the families)
 
 __all__ = [
     "DensityUnavailable",
     "GenerativeModel",
+    "autoregressive",
     "create_model",
     "ddpm",
     "flows",

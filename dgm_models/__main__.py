@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import create_model, from_pretrained, list_models
-from .data import digits
+from .data import Dataset, digits
 from .model import DensityUnavailable, GenerativeModel
 from .registry import model_class
 from .train import CHECKPOINT_FILE, SETTINGS_FILE, Settings, Trainer
@@ -68,7 +68,7 @@ def _new(args: argparse.Namespace, out: pathlib.Path) -> Trainer:
     torch.manual_seed(settings.seed)
     model = create_model(args.model, **dict(args.set)).to(args.device)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, digits(), settings, out)
+    trainer = Trainer(model, _digits(model), settings, out)
     trainer.save()
     return trainer
 
@@ -79,7 +79,8 @@ def _resumed(args: argparse.Namespace, out: pathlib.Path) -> Trainer:
     if args.set or args.seed is not None:
         raise ValueError("--set and --seed belong to a new run; --resume keeps those of the run")
     settings = json.loads((out / SETTINGS_FILE).read_text()) | _given(args, "steps", "batch_size", "lr")
-    trainer = Trainer(from_pretrained(out).to(args.device), digits(), Settings(**settings), out)
+    model = from_pretrained(out).to(args.device)
+    trainer = Trainer(model, _digits(model), Settings(**settings), out)
     trainer.load()
     return trainer
 
@@ -106,7 +107,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model = from_pretrained(args.source).to(args.device)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-    split = digits().split(args.split)
+    split = _digits(model).split(args.split)
     x = split.x.to(args.device)
     cond = split.label.to(args.device) if model.conditional else None
     name = "log-likelihood" if model.exact_likelihood else "ELBO"
@@ -135,7 +136,7 @@ def _profile(args: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     model = create_model(args.model, **dict(args.set)).to(args.device)
-    trainer = Trainer(model, digits(), Settings(steps=2 * args.steps, batch_size=args.batch_size))
+    trainer = Trainer(model, _digits(model), Settings(steps=2 * args.steps, batch_size=args.batch_size))
     options = _given(args, "sampler")
     if "steps" in inspect.signature(model._sample).parameters:
         options["steps"] = args.steps
@@ -155,6 +156,11 @@ def _profile(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(out))
     print(f"wrote {out}: open it in chrome://tracing or ui.perfetto.dev")
+
+
+def _digits(model: GenerativeModel) -> Dataset:
+    """The digits, as black and white if the model has 2 levels."""
+    return digits(2) if model.levels == 2 else digits()
 
 
 def _classes(classes: list[int] | None, model: GenerativeModel, n: int) -> Tensor | None:

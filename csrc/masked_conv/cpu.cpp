@@ -2,6 +2,7 @@
 #include "masked_conv/cpu.h"
 
 #include "masked_conv/conv.h"
+#include "masked_conv/generate.h"
 
 namespace dgm::masked_conv {
 namespace DGM_ISA_NAMESPACE {
@@ -51,6 +52,8 @@ void weight_grad(const WeightGradArgs& a, int64_t begin, int64_t end) {
                      totals);
   }
 }
+
+void generate(const GenerateArgs& args, int64_t first, int64_t samples) { Generator(args, first, samples).run(); }
 
 }  // namespace DGM_ISA_NAMESPACE
 }  // namespace dgm::masked_conv

@@ -90,6 +90,22 @@ DGM_INLINE void with_positions(int64_t positions, Function function) {
   function(std::integral_constant<int, kPositions>());
 }
 
+// Memory of a kernel's own. Not std::vector: its functions would be emitted with this instruction set's code, and the
+// linker might pick them for every CPU.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size) : data_(new T[size]()) {}
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { delete[] data_; }
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
 // `length` in pieces of at most kTile that differ by at most one.
 struct Pieces {
   int64_t number, size, longer;

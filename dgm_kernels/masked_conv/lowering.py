@@ -249,7 +249,7 @@ class Lowering:
                 degrees = self.group_degrees(inputs, kernel.groups), self.group_degrees(outputs, kernel.groups)
             terms.append(Term(source, tap.dy, tap.dx, index, tap.row, tap.column, tap.rule, *degrees))
         adds = tuple(self._conditions(condition, outputs))
-        gate = {"activation": Activation.GATE, "gate_groups": kernel.groups} if gated else {}
+        gate: dict[str, Any] = {"activation": Activation.GATE, "gate_groups": kernel.groups} if gated else {}
         channels = outputs // 2 if gated else outputs
         return self.emit(channels, terms=tuple(terms), bias=self.bias(bias), adds=adds, **gate)
 

@@ -40,7 +40,7 @@ def _counts(before, after, RULE: tl.constexpr):
 
 @triton.jit
 def _in_plane(first, pixels, plane, PIXELS: tl.constexpr, VECTOR: tl.constexpr):
-    """For the tile of pixels from ``first`` on: the first sample, samples after it, places in the planes, which exist."""
+    """Of the tile of pixels from ``first`` on the first sample, samples after it, places in the planes; which exist."""
     sample, after, place = sample_and_place(first, plane, PIXELS)
     exists = tl.arange(0, PIXELS) < tl.minimum(multiple_of(pixels, VECTOR) - first, PIXELS).to(tl.int32)
     return sample, after, place, exists
@@ -167,14 +167,14 @@ def conv_kernel(
     k = tl.arange(0, INNER)
     if DIRECT:
         stride = inner.to(tl.int64) * plane
-        at = _offsets(after, place, stride, VECTOR)[None, :] + k[:, None].to(tl.int64) * plane
+        at = _offsets(after, place, stride, VECTOR)[:, None] + k[None, :].to(tl.int64) * plane
         x_ptr += sample * stride
     else:
-        at = tl.arange(0, PIXELS)[None, :] * (blocks * INNER) + k[:, None]
-    w_at = tl.arange(0, ROWS)[:, None] * (blocks * INNER) + k[None, :]
-    total = tl.zeros((ROWS, PIXELS), tl.float32)
+        at = tl.arange(0, PIXELS)[:, None] * (blocks * INNER) + k[None, :]
+    w_at = tl.arange(0, ROWS)[None, :] * (blocks * INNER) + k[:, None]
+    total = tl.zeros((PIXELS, ROWS), tl.float32)
     if GATED:
-        gates = tl.zeros((ROWS, PIXELS), tl.float32)
+        gates = tl.zeros((PIXELS, ROWS), tl.float32)
     begin, end = _live_steps(row, rows, inner, blocks, groups, taps, RULE, TURNED, ROWS, INNER)
     for step in tl.range(begin, end, num_stages=STAGES):
         tap = step // blocks
@@ -182,23 +182,23 @@ def conv_kernel(
         if TURNED:
             tap = taps - 1 - tap
         if DIRECT:
-            seen = exists[None, :] & (block * INNER + k < inner)[:, None]
+            seen = exists[:, None] & (block * INNER + k < inner)[None, :]
             pixel_ptr = x_ptr + block * INNER * plane
         else:
             dy, dx = _shift(tap, step_y, step_x, centre_y, centre_x, WIDTH)
             if TURNED:
                 dy, dx = -dy, -dx
-            seen = _visible(y, x, dy, dx, height, width)[None, :]
+            seen = _visible(y, x, dy, dx, height, width)[:, None]
             pixel_ptr = x_ptr + ((first + dy.to(tl.int64) * width + dx) * blocks + block) * INNER
         values = tl.load(pixel_ptr + at, seen, other=0.0)
         w_ptr = packed_ptr + ((tap.to(tl.int64) * padded_rows + row) * blocks + block) * INNER
-        total = tl.dot(tl.load(w_ptr + w_at), values, total, input_precision="tf32" if TF32 else "ieee")
+        total = tl.dot(values, tl.load(w_ptr + w_at), total, input_precision="tf32" if TF32 else "ieee")
         if GATED:
             w_ptr += taps.to(tl.int64) * padded_rows * blocks * INNER
-            gates = tl.dot(tl.load(w_ptr + w_at), values, gates, input_precision="tf32" if TF32 else "ieee")
+            gates = tl.dot(values, tl.load(w_ptr + w_at), gates, input_precision="tf32" if TF32 else "ieee")
 
-    row += tl.arange(0, ROWS)[:, None]
-    inside = (row < rows) & exists[None, :]
+    row += tl.arange(0, ROWS)[None, :]
+    inside = exists[:, None] & (row < rows)
     if GATED:
         total = _gated(
             total, gates, pre_ptr, bias_ptr, condition_ptr, sample, after, place, row, inside, plane, rows, groups,
@@ -207,7 +207,7 @@ def conv_kernel(
     elif bias_ptr is not None:
         total += tl.load(bias_ptr + row, row < rows, other=0.0).to(tl.float32)
     stride = rows.to(tl.int64) * plane
-    to = _offsets(after, place, stride, VECTOR)[None, :] + row.to(tl.int64) * plane
+    to = _offsets(after, place, stride, VECTOR)[:, None] + row.to(tl.int64) * plane
     tl.store(out_ptr + sample * stride + to, total.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -224,14 +224,14 @@ def _gated(
         a += tl.load(bias_ptr + in_a, live, other=0.0).to(tl.float32)
         b += tl.load(bias_ptr + in_a + channels, live, other=0.0).to(tl.float32)
     stride = 2 * rows.to(tl.int64) * plane
-    at = sample * stride + _offsets(after, place, stride, VECTOR)[None, :] + in_a.to(tl.int64) * plane
+    at = sample * stride + _offsets(after, place, stride, VECTOR)[:, None] + in_a.to(tl.int64) * plane
     to_b = channels.to(tl.int64) * plane
     if pre_ptr is not None:
         tl.store(pre_ptr + at, a.to(pre_ptr.dtype.element_ty), inside)
         tl.store(pre_ptr + at + to_b, b.to(pre_ptr.dtype.element_ty), inside)
     if condition_ptr is not None:
         if not PER_PIXEL:
-            at = (sample + after.to(tl.int64))[None, :] * (2 * rows) + in_a
+            at = (sample + after.to(tl.int64))[:, None] * (2 * rows) + in_a
             to_b = channels.to(tl.int64)
         a += tl.load(condition_ptr + at, inside, other=0.0).to(tl.float32)
         b += tl.load(condition_ptr + at + to_b, inside, other=0.0).to(tl.float32)
@@ -257,31 +257,33 @@ def weight_grad_kernel(
     o = (block - part * out_blocks) * OUT
     split = part // taps
     tap = part - split * taps
-    if RULE >= _LESS:  # the first input against the last output
-        after = (tl.minimum(o + OUT, outputs) - 1) // (outputs // groups)
-        if (tap == taps - 1) & (not _counts(i // (inputs // groups), after, RULE)):
-            return
+    begin = split * steps
+    end = tl.minimum(begin + steps, tl.cdiv(pixels, PIXELS).to(tl.int32))
+    if RULE >= _LESS:  # nothing to add up where the first input is hidden from the last output
+        last = (tl.minimum(o + OUT, outputs) - 1) // (outputs // groups)
+        end = tl.where((tap < taps - 1) | _counts(i // (inputs // groups), last, RULE), end, begin)
     dy, dx = _shift(tap, step_y, step_x, centre_y, centre_x, WIDTH)
     height = plane // width
-    o += tl.arange(0, OUT)[:, None]
+    o += tl.arange(0, OUT)[None, :]
     stride = outputs.to(tl.int64) * plane
-    at = tl.arange(0, PIXELS)[:, None] * (in_blocks * IN) + i + tl.arange(0, IN)[None, :]
-    total = tl.zeros((OUT, IN), tl.float32)
-    last = tl.minimum((split + 1) * steps, tl.cdiv(pixels, PIXELS).to(tl.int32))
-    for step in tl.range(split * steps, last, num_stages=STAGES):
-        first = step.to(tl.int64) * PIXELS
+    at = tl.arange(0, PIXELS)[None, :] * (in_blocks * IN) + i + tl.arange(0, IN)[:, None]
+    size = tl.full((), PIXELS, tl.int64)
+    total = tl.zeros((IN, OUT), tl.float32)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        first = step * size
         sample, after, place, exists = _in_plane(first, pixels, plane, PIXELS, VECTOR)
         y = place // width
         seen = _visible(tl.where(exists, y, -(1 << 30)), place - y * width, dy, dx, height, width)
-        values = tl.load(x_ptr + (first + dy.to(tl.int64) * width + dx) * (in_blocks * IN) + at, seen[:, None], other=0.0)
-        g_at = _offsets(after, place, stride, VECTOR)[None, :] + o.to(tl.int64) * plane
-        g = tl.load(grad_ptr + sample * stride + g_at, exists[None, :] & (o < outputs), other=0.0)
+        pixel_ptr = x_ptr + (first + dy.to(tl.int64) * width + dx) * (in_blocks * IN)
+        values = tl.load(pixel_ptr + at, seen[None, :], other=0.0)
+        g_at = _offsets(after, place, stride, VECTOR)[:, None] + o.to(tl.int64) * plane
+        g = tl.load(grad_ptr + sample * stride + g_at, exists[:, None] & (o < outputs), other=0.0)
         if TF32:
             g = _nearest_tf32(g)
-        total = tl.dot(g, values, total, input_precision="tf32" if TF32 else "ieee")
-    i += tl.arange(0, IN)[None, :]
-    to = (part.to(tl.int64) * outputs + o) * inputs + i
-    tl.store(partial_ptr + to, total, (o < outputs) & (i < inputs))
+        total = tl.dot(values, g, total, input_precision="tf32" if TF32 else "ieee")
+    i += tl.arange(0, IN)[:, None]
+    to = partial_ptr + part.to(tl.int64) * outputs * inputs
+    tl.store(to + (o * inputs + i), total, (o < outputs) & (i < inputs))
 
 
 @triton.jit(do_not_specialize=_FREE)
@@ -301,6 +303,6 @@ def weight_sum_kernel(
     at = tap * pairs + pair
     total = tl.zeros((PAIRS, TAPS), tl.float32)
     for split in range(splits):
-        total += tl.load(partial_ptr + split.to(tl.int64) * taps * pairs + at, live, other=0.0)
+        total += tl.load(partial_ptr + split * (taps * pairs) + at, live, other=0.0)
     to = pair.to(tl.int64) * size + tap
     tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), (o < outputs) & (tap < size))

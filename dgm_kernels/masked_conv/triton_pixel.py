@@ -31,11 +31,16 @@ def sample_and_place(first, plane, PIXELS: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
 def gate(a, b):
     """tanh(a) and sigmoid(b)."""
-    e = tl.exp(-2.0 * tl.abs(a))
-    tanh = (1.0 - e) / (1.0 + e)
-    return tl.where(a < 0.0, -tanh, tanh), 1.0 / (1.0 + tl.exp(-b))
+    return _tanh(a), 1.0 / (1.0 + tl.exp(-b))
 
 
 @triton.jit
@@ -148,15 +153,9 @@ def _logistic(x, mean, log_scale, half):
 @triton.jit
 def _log_sum_exp(x):
     """Over the components."""
-    top = tl.max(x, axis=0)
+    top = tl.max(x, axis=1)
     top = tl.where(top == -float("inf"), 0.0, top)
-    return top + tl.log(tl.sum(tl.exp(x - top[None, :]), axis=0))
-
-
-@triton.jit
-def _tanh(x):
-    tanh, _ = gate(x, 0.0)
-    return tanh
+    return top + tl.log(tl.sum(tl.exp(x - top[:, None]), axis=1))
 
 
 @triton.jit
@@ -168,18 +167,18 @@ def _pixels(x_ptr, parameters_ptr, pixels, plane, mixtures, CHANNELS: tl.constex
     sample += after
     pixel = first + tl.arange(0, PIXELS)
     exists = pixel < pixels
-    k = tl.arange(0, MIXTURES)[:, None]
+    k = tl.arange(0, MIXTURES)[None, :]
     step = mixtures.to(tl.int64) * plane
     numbers: tl.constexpr = 10 if CHANNELS == 3 else 3
-    at = (sample * numbers * step + place)[None, :] + k.to(tl.int64) * plane
+    at = (sample * numbers * step + place)[:, None] + k.to(tl.int64) * plane
     x_at = x_ptr + sample * CHANNELS * plane + place
-    red = tl.load(x_at, exists, other=0.0).to(tl.float32)[None, :]
+    red = tl.load(x_at, exists, other=0.0).to(tl.float32)[:, None]
     green = red
     blue = red
     if CHANNELS == 3:
-        green = tl.load(x_at + plane, exists, other=0.0).to(tl.float32)[None, :]
-        blue = tl.load(x_at + 2 * plane.to(tl.int64), exists, other=0.0).to(tl.float32)[None, :]
-    return red, green, blue, at, step, exists, exists[None, :] & (k < mixtures), k < mixtures, pixel
+        green = tl.load(x_at + plane, exists, other=0.0).to(tl.float32)[:, None]
+        blue = tl.load(x_at + 2 * plane.to(tl.int64), exists, other=0.0).to(tl.float32)[:, None]
+    return red, green, blue, at, step, exists, exists[:, None] & (k < mixtures), k < mixtures, pixel
 
 
 @triton.jit
@@ -197,17 +196,17 @@ def mixture_kernel(
         x_ptr, parameters_ptr, pixels, plane, mixtures, CHANNELS, MIXTURES, PIXELS
     )
     logits = tl.where(counts, _number(parameters_ptr, at, inside), -float("inf"))
-    mean = _number(parameters_ptr, at + step, inside)
-    joint, _, _ = _logistic(red, mean, _number(parameters_ptr, at + 2 * step, inside), half)
+    mean = _number(parameters_ptr + step, at, inside)
+    joint, _, _ = _logistic(red, mean, _number(parameters_ptr + 2 * step, at, inside), half)
     if CHANNELS == 3:
-        mean = _number(parameters_ptr, at + 4 * step, inside)
-        mean += _tanh(_number(parameters_ptr, at + 3 * step, inside)) * red
-        value, _, _ = _logistic(green, mean, _number(parameters_ptr, at + 5 * step, inside), half)
+        mean = _number(parameters_ptr + 4 * step, at, inside)
+        mean += _tanh(_number(parameters_ptr + 3 * step, at, inside)) * red
+        value, _, _ = _logistic(green, mean, _number(parameters_ptr + 5 * step, at, inside), half)
         joint += value
-        mean = _number(parameters_ptr, at + 7 * step, inside)
-        mean += _tanh(_number(parameters_ptr, at + 6 * step, inside)) * red
-        mean += _tanh(_number(parameters_ptr, at + 9 * step, inside)) * green
-        value, _, _ = _logistic(blue, mean, _number(parameters_ptr, at + 8 * step, inside), half)
+        mean = _number(parameters_ptr + 7 * step, at, inside)
+        mean += _tanh(_number(parameters_ptr + 6 * step, at, inside)) * red
+        mean += _tanh(_number(parameters_ptr + 9 * step, at, inside)) * green
+        value, _, _ = _logistic(blue, mean, _number(parameters_ptr + 8 * step, at, inside), half)
         joint += value
     tl.store(out_ptr + pixel, _log_sum_exp(joint + logits) - _log_sum_exp(logits), exists)
 
@@ -223,35 +222,33 @@ def mixture_backward_kernel(
         x_ptr, parameters_ptr, pixels, plane, mixtures, CHANNELS, MIXTURES, PIXELS
     )
     logits = tl.where(counts, _number(parameters_ptr, at, inside), -float("inf"))
-    mean = _number(parameters_ptr, at + step, inside)
-    joint, by_mean, by_scale = _logistic(red, mean, _number(parameters_ptr, at + 2 * step, inside), half)
+    mean = _number(parameters_ptr + step, at, inside)
+    joint, by_mean, by_scale = _logistic(red, mean, _number(parameters_ptr + 2 * step, at, inside), half)
     if CHANNELS == 3:
-        c0 = _tanh(_number(parameters_ptr, at + 3 * step, inside))
-        c1 = _tanh(_number(parameters_ptr, at + 6 * step, inside))
-        c2 = _tanh(_number(parameters_ptr, at + 9 * step, inside))
-        mean = _number(parameters_ptr, at + 4 * step, inside) + c0 * red
-        value, by_green, by_green_scale = _logistic(
-            green, mean, _number(parameters_ptr, at + 5 * step, inside), half
-        )
+        c0 = _tanh(_number(parameters_ptr + 3 * step, at, inside))
+        c1 = _tanh(_number(parameters_ptr + 6 * step, at, inside))
+        c2 = _tanh(_number(parameters_ptr + 9 * step, at, inside))
+        mean = _number(parameters_ptr + 4 * step, at, inside) + c0 * red
+        value, by_green, by_green_scale = _logistic(green, mean, _number(parameters_ptr + 5 * step, at, inside), half)
         joint += value
-        mean = _number(parameters_ptr, at + 7 * step, inside) + c1 * red + c2 * green
-        value, by_blue, by_blue_scale = _logistic(blue, mean, _number(parameters_ptr, at + 8 * step, inside), half)
+        mean = _number(parameters_ptr + 7 * step, at, inside) + c1 * red + c2 * green
+        value, by_blue, by_blue_scale = _logistic(blue, mean, _number(parameters_ptr + 8 * step, at, inside), half)
         joint += value
     joint += logits
-    g = tl.load(grad_ptr + pixel, exists, other=0.0)[None, :]
-    share = g * tl.exp(joint - _log_sum_exp(joint)[None, :])
-    to = to_parameters_ptr + at
-    tl.store(to, share - g * tl.exp(logits - _log_sum_exp(logits)[None, :]), inside)
-    tl.store(to + step, share * by_mean, inside)
-    tl.store(to + 2 * step, share * by_scale, inside)
+    g = tl.load(grad_ptr + pixel, exists, other=0.0)[:, None]
+    share = g * tl.exp(joint - _log_sum_exp(joint)[:, None])
+    to = to_parameters_ptr
+    tl.store(to + at, share - g * tl.exp(logits - _log_sum_exp(logits)[:, None]), inside)
+    tl.store(to + step + at, share * by_mean, inside)
+    tl.store(to + 2 * step + at, share * by_scale, inside)
     if CHANNELS == 3:
-        tl.store(to + 3 * step, share * by_green * red * (1.0 - c0 * c0), inside)
-        tl.store(to + 4 * step, share * by_green, inside)
-        tl.store(to + 5 * step, share * by_green_scale, inside)
-        tl.store(to + 6 * step, share * by_blue * red * (1.0 - c1 * c1), inside)
-        tl.store(to + 7 * step, share * by_blue, inside)
-        tl.store(to + 8 * step, share * by_blue_scale, inside)
-        tl.store(to + 9 * step, share * by_blue * green * (1.0 - c2 * c2), inside)
+        tl.store(to + 3 * step + at, share * by_green * red * (1.0 - c0 * c0), inside)
+        tl.store(to + 4 * step + at, share * by_green, inside)
+        tl.store(to + 5 * step + at, share * by_green_scale, inside)
+        tl.store(to + 6 * step + at, share * by_blue * red * (1.0 - c1 * c1), inside)
+        tl.store(to + 7 * step + at, share * by_blue, inside)
+        tl.store(to + 8 * step + at, share * by_blue_scale, inside)
+        tl.store(to + 9 * step + at, share * by_blue * green * (1.0 - c2 * c2), inside)
 
 
 # ---- Categorical: logits [outer, levels, plane]

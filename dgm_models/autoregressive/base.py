@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import dgm_kernels
 from dgm_kernels import NoiseKey
 
-from ..model import GenerativeModel, Stream, check_number, check_positive, check_sizes
+from ..model import GenerativeModel, check_positive, check_sizes
 
 OUTPUTS = ("bernoulli", "categorical", "logistic_mixture")
 
 
 class Autoregressive(GenerativeModel):
-    """A product of conditional distributions, one for each number, or each pixel: ``log p(x) = sum_i log p(x_i | x_<i)``.
+    """A product of distributions, of numbers or pixels given those before them: ``log p(x) = sum_i log p(x_i | x_<i)``.
 
     This is the base class of the families, and no model by itself: a family is a subclass whose arguments are JSON
     values (see :class:`.GenerativeModel`), from which it makes the network that it hands to this constructor.
@@ -74,7 +74,7 @@ class Autoregressive(GenerativeModel):
         return self._network_log_prob(self.network, x, labels)
 
     def _network_log_prob(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-        x = x.reshape(-1, *self.network_shape)
+        x = self._to_network(x)
         parameters = network(x, labels)
         if self.output == "bernoulli":
             return F.logsigmoid(x * parameters).flatten(1).sum(1)  # sigmoid(-logit) is the probability of level 0
@@ -115,7 +115,7 @@ class Autoregressive(GenerativeModel):
             network, self.network_shape, output=self.output, levels=self.levels, scale=scale, offset=-1.0
         )
         level = sampler(n, key=key, condition=labels, **given)
-        return (level.to(self.dtype) * scale - 1).view(n, *self.sample_shape)
+        return self._from_network(level.to(self.dtype) * scale - 1)
 
     def _given(self, known: Tensor | None, mask: Tensor | None, n: int) -> dict[str, Tensor]:
         """What is known of n samples as the sampler takes it: levels and a mask, in the network's shape."""
@@ -135,10 +135,15 @@ class Autoregressive(GenerativeModel):
         kept = mask.bool().expand(n, *self.sample_shape)
         known = torch.where(kept, known, -1.0).to(self.dtype)  # what is not known need not be on a level, nor a number
         self._check_data(known)
-        return {
-            "given": self._level(known).reshape(n, *self.network_shape),
-            "known": kept.reshape(n, *self.network_shape),
-        }
+        return {"given": self._to_network(self._level(known)), "known": self._to_network(kept)}
+
+    def _to_network(self, x: Tensor) -> Tensor:
+        """Samples in the shape that the network takes."""
+        return x.reshape(x.shape[0], *self.network_shape)
+
+    def _from_network(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`_to_network`."""
+        return x.reshape(x.shape[0], *self.sample_shape)
 
     def _level(self, x: Tensor) -> Tensor:
         """Grey levels 0 .. levels - 1, int64."""
@@ -176,8 +181,8 @@ def check_output(output: str | None, levels: int) -> str:
 def output_channels(output: str, channels: int, levels: int, mixtures: int) -> int:
     """Numbers that the network returns for a pixel.
 
-    Logits of level 1 for each channel; logits of every level, those of the first channel, then those of the second, ...;
-    or the parameters of ``dgm_kernels.discretized_logistic_mixture``.
+    Logits of level 1 for each channel; logits of all levels, those of the first channel first; or the parameters of
+    ``dgm_kernels.discretized_logistic_mixture``.
     """
     if output == "bernoulli":
         return channels
@@ -194,13 +199,6 @@ def check_image(image_shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3:
         raise ValueError(f"image_shape must be (channels, height, width), got {shape}")
     return shape[0], shape[1], shape[2]
-
-
-def check_dropout(dropout: float) -> float:
-    """``dropout`` if it is a number in [0, 1), else an error."""
-    if not 0 <= check_number("dropout", dropout) < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-    return float(dropout)
 
 
 def check_odd(name: str, value: int) -> int:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from dgm_kernels import gated_activation
 from dgm_kernels.nn import HorizontalConv2d, MaskedConv2d, VerticalConv2d
 
+from ..flows.conditioners import check_dropout
 from ..model import check_positive
 from ..registry import register_model
 from .base import (
     Autoregressive,
-    check_dropout,
     check_image,
     check_odd,
     check_output,
@@ -76,8 +76,8 @@ class GatedPixelCNN(Autoregressive):
         groups = colour_groups(output, channels, width=width)
         if block == "concat_elu" and groups > 1:
             raise ValueError(
-                f"block must be 'gated' for the {channels} colours of output {output!r}: 'concat_elu' keeps no order of "
-                "colours (with 'logistic_mixture' it need not)"
+                f"block must be 'gated' for {channels} colours with output {output!r}: 'concat_elu' keeps no order "
+                "of them (with 'logistic_mixture' it need not)"
             )
         network = GatedPixelCNNNetwork(
             channels,
@@ -154,7 +154,7 @@ class GatedBlock(nn.Module):
         self.skip = MaskedConv2d(width, width, 1, mask_type="B", channel_groups=groups)
         self.vertical_class_bias = class_bias(num_classes, 2 * width)
         self.horizontal_class_bias = class_bias(num_classes, 2 * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
 
     def forward(
         self, vertical: Tensor, horizontal: Tensor, classes: Tensor | None = None
@@ -183,7 +183,7 @@ class ConcatEluBlock(nn.Module):
         self.link = nn.Conv2d(2 * width, width, 1)
         self.vertical_class_bias = class_bias(num_classes, 2 * width)
         self.horizontal_class_bias = class_bias(num_classes, 2 * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
 
     def forward(
         self, vertical: Tensor, horizontal: Tensor, classes: Tensor | None = None

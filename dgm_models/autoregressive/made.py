@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dgm_kernels import NoiseKey, noise_like
 from dgm_kernels.nn import MaskedLinear
 
+from ..flows.conditioners import check_dropout, hidden_degrees
 from ..model import Stream, check_positive, check_sizes
 from ..registry import register_model
-from .base import Autoregressive, check_dropout, check_output, class_bias, log_mean_exp
+from .base import Autoregressive, check_output, class_bias, log_mean_exp
 
 ORDERS = ("random", "natural")
 
@@ -133,21 +134,45 @@ class MaskedMLP(nn.Module):
     """
 
     def __init__(
-        self, order: Tensor, hidden: Sequence[int], outputs: int, *, dropout: float = 0.0, num_classes: int | None = None
+        self,
+        order: Tensor,
+        hidden: Sequence[int],
+        outputs: int,
+        *,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         degrees = [order, *(hidden_degrees(size, len(order)) for size in hidden)]
-        self.hidden = nn.ModuleList(MaskedLinear(before, after) for before, after in itertools.pairwise(degrees))
-        self.out = MaskedLinear(degrees[-1], order.repeat_interleave(outputs), strict=True)
-        self.class_biases = nn.ModuleList()
-        self.dropout = nn.Dropout(dropout)
-        for layer in self.hidden:
+        layers = [MaskedLinear(before, after) for before, after in itertools.pairwise(degrees)]
+        last = MaskedLinear(degrees[-1], order.repeat_interleave(outputs), strict=True)
+        nn.init.normal_(last.weight, std=0.01)
+        self.layers = nn.ModuleList([*layers, last])
+        self.class_biases = nn.ModuleList(
+            class_bias(num_classes, layer.out_features) for layer in self.layers if num_classes is not None
+        )
+        for layer in self.layers:
             nn.init.zeros_(layer.bias)
-            nn.init.normal_()
-        nn.init.zeros_(self.out.bias)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """``[batch, numbers * outputs]``."""
-        for layer in self.hidden:
-            x = self.dropout(F.relu(layer(x)))
-        return self.out(x)
+        for place, layer in enumerate(self.layers):
+            if place > 0:
+                x = self.dropout(F.relu(x))
+            x = layer(x)
+            if self.class_biases:
+                x = x + self.class_biases[place](classes)
+        return x
+
+
+def natural_order(shape: Sequence[int]) -> Tensor:
+    """The place of each number of a sample in raster order, 1 .. their number; the colours of a pixel one by one."""
+    channels, pixels = shape[0], math.prod(shape[1:])
+    return (torch.arange(channels)[:, None] + channels * torch.arange(pixels)).flatten() + 1
+
+
+def random_order(numbers: int, seed: int) -> Tensor:
+    """A random permutation of 1 .. numbers; the same for a seed on every machine, so that it need not be saved."""
+    u = noise_like(torch.empty(1, numbers), NoiseKey(seed), distribution="uniform")[0]
+    return u.argsort(stable=True) + 1

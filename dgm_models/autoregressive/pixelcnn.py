@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dgm_kernels.nn import MaskedConv2d
 
+from ..flows.conditioners import check_dropout
 from ..model import check_positive
 from ..registry import register_model
 from .base import (
     Autoregressive,
-    check_dropout,
     check_image,
     check_odd,
     check_output,
@@ -79,7 +79,7 @@ class PixelCNN(Autoregressive):
 
 
 class PixelCNNNetwork(nn.Module):
-    """The network of :class:`PixelCNN`: ``[batch, channels, height, width]`` to as many pixels with ``outputs`` numbers.
+    """The network of :class:`PixelCNN`: ``[batch, channels, height, width]`` to ``outputs`` numbers a pixel.
 
     Args:
         channels: of the picture.
@@ -104,13 +104,11 @@ class PixelCNNNetwork(nn.Module):
         super().__init__()
         first, later = kernel_sizes
         self.first = MaskedConv2d(channels, 2 * width, first, mask_type="A", channel_groups=groups)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(width, later, groups, dropout, num_classes) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(width, later, groups, dropout, num_classes) for _ in range(depth))
         self.last = nn.ModuleList(
             MaskedConv2d(2 * width, size, 1, mask_type="B", channel_groups=groups) for size in (2 * width, outputs)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """``[batch, outputs, height, width]``."""
@@ -130,7 +128,7 @@ class ResidualBlock(nn.Module):
         self.inner = MaskedConv2d(width, width, kernel_size, mask_type="B", channel_groups=groups)
         self.widen = MaskedConv2d(width, 2 * width, 1, mask_type="B", channel_groups=groups)
         self.class_bias = class_bias(num_classes, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Like x."""

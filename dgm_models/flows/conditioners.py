@@ -80,7 +80,7 @@ class MADE(nn.Module):
         features = len(degrees)
         self.activation_name, self.activation = activation, _activation(activation)
         self.dropout = nn.Dropout(check_dropout(dropout))
-        inner = [_hidden_degrees(size, features) for size in check_sizes("hidden", hidden)]
+        inner = [hidden_degrees(size, features) for size in check_sizes("hidden", hidden)]
         outputs = degrees.repeat_interleave(parameters) if feature_major else degrees.repeat(parameters)
         before = [degrees, *inner]
         masks = [after[:, None] >= seen for seen, after in zip(before, inner, strict=False)]
@@ -133,7 +133,7 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def _hidden_degrees(size: int, features: int) -> Tensor:
+def hidden_degrees(size: int, features: int) -> Tensor:
     """Degrees from 1 to features - 1, so that every unit is read by some output.
 
     Each of them in turn; if there are fewer units, evenly spaced up to the last, which the last feature needs in order

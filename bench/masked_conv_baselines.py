@@ -1,0 +1,239 @@
+"""Masked convolutions, distributions and autoregressive networks as a user writes them: baselines of masked_conv."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgm_kernels import categorical_sample, gated_activation
+from dgm_kernels.nn import CausalConv1d, HorizontalConv2d, VerticalConv2d
+
+LEVELS = 256
+LOGIT_SIZE = 2.0  # of the logits at initialisation, so that samples depend on what was drawn before
+
+
+def raster_mask(size: int, mask_type: str, device: torch.device) -> Tensor:
+    """1 where a square kernel's weights count: the taps before the centre in raster order, with type B the centre too."""
+    live = torch.arange(size * size, device=device) < size * size // 2 + (mask_type == "B")
+    return live.float().view(1, 1, size, size)
+
+
+def plain_masked_conv(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """As published networks write it: the weight times the mask at every call."""
+    return F.conv2d(x, weight * mask, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def plain_gate(x: Tensor, condition: Tensor | None = None) -> Tensor:
+    """tanh of half of the channels times the sigmoid of the others."""
+    if condition is not None:
+        x = x + condition[:, :, None, None]
+    features, gate = x.chunk(2, dim=1)
+    return torch.tanh(features) * torch.sigmoid(gate)
+
+
+def plain_mixture(x: Tensor, parameters: Tensor) -> Tensor:
+    """Log-probability of every pixel of three colours, by the formula and the cases of the published PixelCNN++.
+
+    Where a level has little probability, the density at its middle takes the place of the difference of two sigmoids.
+    """
+    logits, rest = parameters.tensor_split([parameters.shape[1] // 10], dim=1)
+    means, log_scales, coefficients = rest.unflatten(1, (3, 3, -1)).unbind(2)
+    log_scales, coefficients = log_scales.clamp(min=-7.0), torch.tanh(coefficients)
+    x = x[:, :, None]
+    red, green, _ = x.unbind(1)
+    of_red, of_green, of_blue = means.unbind(1)
+    by_red, by_red_too, by_green = coefficients.unbind(1)
+    means = torch.stack([of_red, of_green + by_red * red, of_blue + by_red_too * red + by_green * green], dim=1)
+    half, centred, inverse = 1 / (LEVELS - 1), x - means, torch.exp(-log_scales)
+    upper, lower, middle = inverse * (centred + half), inverse * (centred - half), inverse * centred
+    probability = torch.sigmoid(upper) - torch.sigmoid(lower)
+    log_density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)
+    inside = torch.where(probability > 1e-5, torch.log(probability.clamp(min=1e-12)), log_density)
+    each = torch.where(x < -0.999, upper - F.softplus(upper), torch.where(x > 0.999, -F.softplus(lower), inside))
+    return torch.logsumexp(each.sum(1) + F.log_softmax(logits, dim=1), dim=1)
+
+
+def plain_categorical(x: Tensor, logits: Tensor) -> Tensor:
+    """Log-probability of every level."""
+    return -F.cross_entropy(logits, x, reduction="none")
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A convolution behind zeros at the sides that a stack looks to, without rows and columns of dead taps.
+
+    Mask type A leaves taps in the last row (or, of one row, the last column) that do not count: `mask_once`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, size: tuple[int, int], border: tuple[int, ...], strict: bool) -> None:
+        super().__init__(inputs, outputs, size)
+        self.border, self.strict = border, strict
+
+    def mask_once(self) -> None:
+        """Writes zeros to the taps that do not count, so that no forward pass has to."""
+        if self.strict:
+            rows = slice(None) if self.weight.shape[2] == 1 else slice(-1, None)
+            columns = slice(-1, None) if self.weight.shape[2] == 1 else slice(None)
+            self.weight.data[:, :, rows, columns] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.border))
+
+
+class PaddedConv1d(nn.Conv1d):
+    """Likewise for sequences."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, mask_type: str = "B", dilation: int = 1) -> None:
+        super().__init__(inputs, outputs, size, dilation=dilation)
+        self.before, self.strict = (size - 1) * dilation, mask_type == "A"
+
+    def mask_once(self) -> None:
+        """Writes zeros to the tap that does not count."""
+        if self.strict:
+            self.weight.data[:, :, -1] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.before, 0)))
+
+
+def plain_vertical(inputs: int, outputs: int, size: int, *, mask_type: str = "B") -> PaddedConv2d:
+    """The rows up to the pixel's."""
+    side = size // 2
+    return PaddedConv2d(inputs, outputs, (side + 1, size), (side, side, side, 0), mask_type == "A")
+
+
+def plain_horizontal(inputs: int, outputs: int, size: int, *, mask_type: str = "B") -> PaddedConv2d:
+    """The pixels of the row up to this one."""
+    return PaddedConv2d(inputs, outputs, (1, size), (size - 1, 0, 0, 0), mask_type == "A")
+
+
+class Layers(NamedTuple):
+    """What the networks below are made of."""
+
+    vertical: Callable[..., nn.Module]
+    horizontal: Callable[..., nn.Module]
+    causal: Callable[..., nn.Module]
+    gate: Callable[[Tensor], Tensor]
+
+
+OURS = Layers(VerticalConv2d, HorizontalConv2d, CausalConv1d, gated_activation)
+PLAIN = Layers(plain_vertical, plain_horizontal, PaddedConv1d, plain_gate)
+
+
+class GatedPixelCNN(nn.Module):
+    """Two stacks without a blind spot, gates, residual and skip connections; logits of binary pixels.
+
+    Source: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016.
+    """
+
+    def __init__(self, layers: Layers, width: int, depth: int) -> None:
+        super().__init__()
+        self.gate = layers.gate
+        self.first_vertical = layers.vertical(1, width, 7, mask_type="A")
+        self.first_horizontal = layers.horizontal(1, width, 4, mask_type="A")
+        self.vertical = nn.ModuleList(layers.vertical(width, 2 * width, 3) for _ in range(depth))
+        self.horizontal = nn.ModuleList(layers.horizontal(width, 2 * width, 2) for _ in range(depth))
+        self.link = nn.ModuleList(nn.Conv2d(2 * width, 2 * width, 1) for _ in range(depth))
+        self.residual = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(depth))
+        self.skip = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(depth))
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        above, left = self.first_vertical(x), self.first_horizontal(x)
+        total = None
+        for vertical, horizontal, link, residual, skip in zip(
+            self.vertical, self.horizontal, self.link, self.residual, self.skip, strict=True
+        ):
+            above = vertical(above)
+            features = self.gate(horizontal(left) + link(above))
+            above, left = self.gate(above), left + residual(features)
+            total = skip(features) if total is None else total + skip(features)
+        return self.head(total)
+
+
+class WaveNet(nn.Module):
+    """Dilated causal convolutions, gates, residual and skip connections; logits of 256 levels.
+
+    Source: van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
+    """
+
+    def __init__(self, layers: Layers, width: int, depth: int, cycle: int = 10) -> None:
+        super().__init__()
+        self.gate = layers.gate
+        dilations = [2 ** (i % cycle) for i in range(depth)]
+        self.field = 2 + sum(dilations)  # inputs up to and with the sample's own, which is not seen
+        self.first = layers.causal(1, width, 2, mask_type="A")
+        self.dilated = nn.ModuleList(layers.causal(width, 2 * width, 2, dilation=dilation) for dilation in dilations)
+        self.residual = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in dilations)
+        self.skip = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in dilations)
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv1d(width, width, 1), nn.ReLU(), nn.Conv1d(width, LEVELS, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = self.first(x), None
+        for dilated, residual, skip in zip(self.dilated, self.residual, self.skip, strict=True):
+            features = self.gate(dilated(x))
+            x = x + residual(features)
+            total = skip(features) if total is None else total + skip(features)
+        return self.head(total)
+
+
+Network = GatedPixelCNN | WaveNet
+
+
+def twins(family: type[Network], width: int, depth: int, device: torch.device) -> tuple[Network, Network]:
+    """A network of our layers and its twin of PyTorch's with the same parameters, masked once."""
+    torch.manual_seed(0)
+    ours, plain = (family(layers, width, depth).to(device).eval() for layers in (OURS, PLAIN))
+    with torch.no_grad():
+        ours.head[-1].weight.normal_(std=LOGIT_SIZE / width**0.5)
+        for module in ours.head[:-1]:
+            if hasattr(module, "weight"):
+                module.weight.normal_(std=(2 / width) ** 0.5)
+    plain.load_state_dict(ours.state_dict())
+    for module in plain.modules():
+        if hasattr(module, "mask_once"):
+            module.mask_once()
+    return ours.requires_grad_(False), plain.requires_grad_(False)
+
+
+def wide(network: Network) -> Network:
+    """A copy in float64."""
+    return copy.deepcopy(network).double()
+
+
+class NaiveLoop(NamedTuple):
+    """Generation by one pass through the network for each pixel of one channel.
+
+    `field` limits a pass over a sequence to as many inputs, those that the network can see; None stands for all.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    levels: int
+    field: int | None = None
+
+    def draw(self, outputs: Tensor, uniform: Tensor) -> Tensor:
+        """Levels of `[batch, outputs, ...]` by uniform numbers `[batch, ...]`."""
+        return categorical_sample(F.pad(outputs, (0, 0, 1, 0)) if self.levels == 2 else outputs, uniform)
+
+    def values(self, levels: Tensor) -> Tensor:
+        """What the network takes for the levels: 0 and 1, or numbers from -1 to 1."""
+        return levels if self.levels == 2 else levels * (2 / (self.levels - 1)) - 1
+
+    def step(self, x: Tensor, pixel: int, uniform: Tensor) -> Tensor:
+        """Draws a pixel of x, `[batch, 1, ...]`, and writes it there."""
+        if self.field is None:
+            outputs = self.network(x).flatten(2)[:, :, pixel]
+        else:
+            outputs = self.network(x[:, :, max(0, pixel + 1 - self.field) : pixel + 1])[:, :, -1]
+        level = self.draw(outputs[:, :, None], uniform[:, None])[:, 0]
+        x.view(len(x), -1)[:, pixel] = self.values(level)
+        return level
+
+    def generate(self, shape: tuple[int, ...], uniform: Tensor) -> Tensor:
+        """Levels `[batch, *shape]` by uniform numbers `[batch, pixels]`."""
+        x = torch.zeros(len(uniform), *shape, dtype=next(iter(self.network.parameters())).dtype, device=uniform.device)
+        levels = [self.step(x, pixel, uniform[:, pixel]) for pixel in range(uniform.shape[1])]
+        return torch.stack(levels, dim=1).view(len(uniform), *shape)

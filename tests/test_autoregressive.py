@@ -1,0 +1,361 @@
+"""Rows A1, A2, A4, A5, A6, A7 and A10 of docs/models.md: what every autoregressive family has to keep."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import pathlib
+
+import pytest
+import torch
+from torch import Tensor
+
+import dgm_kernels
+from dgm_kernels import NoiseKey
+from dgm_models import create_model, from_pretrained, list_models
+from dgm_models.__main__ import main
+from dgm_models.autoregressive import Autoregressive
+from dgm_models.data import digits
+from dgm_models.train import Settings, Trainer
+
+FAMILIES = ("fvsbn", "gated_pixelcnn", "made", "pixelcnn", "wavenet")
+CONVOLUTION = {"width": 6, "depth": 2, "first_kernel_size": 3}
+# name: (family, options, shape and levels small enough to visit every sample)
+SMALL = {
+    "fvsbn": ("fvsbn", {}, (1, 3, 3), 2),
+    "fvsbn_colour": ("fvsbn", {}, (3, 1, 3), 2),
+    "made": ("made", {"hidden": (12, 10), "networks": 3}, (1, 3, 3), 2),
+    "made_levels": ("made", {"hidden": (12,), "networks": 2}, (1, 2, 3), 3),
+    "made_natural": ("made", {"hidden": (12,), "order": "natural"}, (3, 1, 2), 3),
+    "pixelcnn": ("pixelcnn", CONVOLUTION, (1, 3, 3), 2),
+    "pixelcnn_colour": ("pixelcnn", CONVOLUTION, (3, 1, 2), 3),
+    "gated_pixelcnn": ("gated_pixelcnn", CONVOLUTION, (1, 3, 3), 2),
+    "gated_pixelcnn_bernoulli_colour": ("gated_pixelcnn", CONVOLUTION, (3, 3, 1), 2),
+    "gated_pixelcnn_colour": ("gated_pixelcnn", CONVOLUTION, (3, 2, 1), 3),
+    "gated_pixelcnn_concat_elu": ("gated_pixelcnn", {**CONVOLUTION, "block": "concat_elu"}, (1, 3, 3), 2),
+    "pixelcnn_mixture": ("pixelcnn", {**CONVOLUTION, "output": "logistic_mixture"}, (1, 2, 2), 5),
+    "pixelcnn_pp": (
+        "gated_pixelcnn",
+        {**CONVOLUTION, "block": "concat_elu", "output": "logistic_mixture", "mixtures": 2},
+        (3, 1, 2),
+        3,
+    ),
+    "wavenet": ("wavenet", {"width": 6, "depth": 3, "cycle": 2}, (1, 6), 3),
+    "wavenet_stereo": ("wavenet", {"width": 6, "depth": 3, "cycle": 3}, (2, 3), 3),
+    "wavenet_picture": ("wavenet", {"width": 6, "depth": 3, "cycle": 3}, (1, 3, 3), 2),
+}
+CONDITIONAL = ("fvsbn", "made", "pixelcnn", "gated_pixelcnn", "gated_pixelcnn_concat_elu", "wavenet")
+
+
+def small(name: str, noise: float = 0.3, **config: object) -> Autoregressive:
+    """A small model in float64 with parameters that are not those it starts with."""
+    family, options, shape, levels = SMALL[name]
+    options = {**options, "image_shape": shape, **config}
+    if family != "fvsbn":
+        options = {"levels": levels, **options}
+    torch.manual_seed(0)
+    model = create_model(family, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
+    return model.eval()
+
+
+def every_sample(model: Autoregressive) -> Tensor:
+    """All samples there are, ``[levels ** numbers, *image_shape]``."""
+    grid = torch.linspace(-1, 1, model.levels, dtype=torch.float64)
+    return torch.cartesian_prod(*[grid] * math.prod(model.sample_shape)).view(-1, *model.sample_shape)
+
+
+def number(model: Autoregressive, x: Tensor) -> Tensor:
+    """Which of :func:`every_sample` each x is."""
+    level = ((x.flatten(1) + 1) / 2 * (model.levels - 1)).round().long()
+    weights = model.levels ** torch.arange(level.shape[1] - 1, -1, -1)
+    return (level * weights).sum(1)
+
+
+# Densities
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_A1_A2_A4_A5_A6_A10_probabilities_sum_to_one(name: str) -> None:
+    model = small(name)
+    with torch.no_grad():
+        probability = model.log_prob(every_sample(model)).exp()
+    assert float(probability.sum()) == pytest.approx(1.0, abs=1e-6)
+    assert float(probability.max() / probability.min()) > 3, "they are not all alike"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_A1_A2_A4_A5_A6_A10_samples_have_the_probabilities(name: str) -> None:
+    model, n = small(name), 4000
+    with torch.no_grad():
+        expected = model.log_prob(every_sample(model)).exp()
+    x = model.sample(n, seed=3)
+    assert x.shape == (n, *model.sample_shape)
+    found = torch.bincount(number(model, x), minlength=len(expected)) / n
+    # The sum of the cells' expected absolute deviations of a multinomial, and a margin of a fifth.
+    deviation = (2 / math.pi * expected * (1 - expected) / n).sqrt().sum()
+    assert float((found - expected).abs().sum()) < 1.2 * float(deviation)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_classes_have_distributions_of_their_own(name: str) -> None:
+    model = small(name, num_classes=3)
+    x = every_sample(model)
+    with torch.no_grad():
+        each = torch.stack([model.log_prob(x, torch.full((len(x),), label)).exp() for label in range(3)])
+    torch.testing.assert_close(each.sum(1), torch.ones(3, dtype=torch.float64))
+    assert all((a - b).abs().sum() > 0.01 for a, b in itertools.combinations(each, 2))
+    n = 3000
+    found = torch.bincount(number(model, model.sample(n, seed=1, cond=2)), minlength=len(x)) / n
+    distances = (each - found).abs().sum(1)
+    assert int(distances.argmin()) == 2
+    mixed = model.sample(6, seed=1, cond=torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert torch.equal(mixed[2::3], model.sample(6, seed=1, cond=2)[2::3])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_loss_is_the_negative_log_probability_in_nats(name: str) -> None:
+    model = small(name)
+    x = every_sample(model)[5:25]
+    parts = model.loss_parts(x)
+    assert list(parts) == ["nll"]
+    torch.testing.assert_close(parts["nll"], -model.log_prob(x).mean())
+    assert torch.equal(model.loss(x), parts["nll"])
+    torch.testing.assert_close(model.elbo(x, 3), model.log_prob(x))
+    bits = model.bits_per_dim(model.log_prob(x))
+    torch.testing.assert_close(bits, -model.log_prob(x) / math.log(2) / math.prod(model.sample_shape))
+
+
+@pytest.mark.parametrize("name", [*CONDITIONAL, "pixelcnn_pp", "made_levels"])
+def test_every_parameter_is_trained(name: str) -> None:
+    model = small(name, **({"num_classes": 2} if name in CONDITIONAL else {})).train()
+    x = every_sample(model)[::3]
+    model.loss(x, torch.arange(len(x)) % 2 if model.conditional else None).backward()
+    unused = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not unused
+
+
+def test_probabilities_do_not_depend_on_dropout_or_the_mode() -> None:
+    model = small("gated_pixelcnn", dropout=0.5).train()
+    x = every_sample(model)[:50]
+    assert torch.equal(model.log_prob(x), model.log_prob(x))
+    assert model.training
+    assert not torch.equal(model.loss(x), model.loss(x)), "in training, features are dropped"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_short_training_beats_independent_pixels(family: str) -> None:
+    """Independent Bernoulli pixels have 24.6 nats an image."""
+    data = digits(2)
+    torch.manual_seed(0)
+    options = {"made": {"networks": 2}, "fvsbn": {}}.get(family, {"width": 16, "depth": 3})
+    model = create_model(family, **options, **({} if family == "fvsbn" else {"levels": 2}))
+    settings = {**model.default_settings, "steps": 150, "warmup": 20, "lr": 1e-2, "ema": 0.9}
+    trainer = Trainer(model, data, Settings(**settings))
+    trainer.run(progress=False)
+    with torch.no_grad():
+        nats = -float(trainer.averaged_model.log_prob(data.validation.x).mean())
+    assert 14 < nats < 21
+
+
+# Samples
+
+
+def naive(model: Autoregressive, n: int, key: NoiseKey) -> Tensor:
+    """A full pass over the network for every number of a sample."""
+    scale = 2 / (model.levels - 1)
+    options = {"output": model.output, "levels": model.levels, "scale": scale, "offset": -1.0}
+    sampler = dgm_kernels.incremental_sampler(model.network, model.network_shape, **options)
+    return model._from_network(sampler.naive(n, key=key).double() * scale - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if SMALL[name][0] != "made"])
+def test_A1_A4_A5_A6_A10_cached_samples_are_the_naive_ones(name: str) -> None:
+    """The mixtures of MADE are in test_autoregressive_families.py."""
+    model = small(name)
+    expected = naive(model, 30, NoiseKey(5, first_sample=7))
+    assert torch.equal(model.sample(30, seed=5, first_sample=7), expected)
+    assert expected.flatten(1).unique(dim=0).shape[0] > 10
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_same_seed_gives_the_same_samples_whatever_the_batch(name: str) -> None:
+    model = small(name)
+    whole = model.sample(20, seed=5)
+    assert torch.equal(model.sample(20, seed=5, batch_size=7), whole)
+    parts = [model.sample(3, seed=5), model.sample(17, seed=5, first_sample=3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(model.sample(20, seed=6), whole)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_completion_keeps_what_is_known_and_draws_the_rest(name: str) -> None:
+    model = small(name)
+    whole = model.sample(40, seed=2)
+    mask = torch.zeros(model.sample_shape)
+    mask[..., 0] = 1  # the first column or step
+    known = torch.where(mask.bool(), whole, float("nan"))
+    other = model.sample(40, seed=3, known=known, mask=mask)
+    assert torch.equal(other[..., 0], whole[..., 0])
+    assert not torch.equal(other, whole)
+    assert torch.equal(model.sample(40, seed=2, known=known, mask=mask), whole), "the same noise for the rest"
+    few = model.sample(10, seed=3, known=known[:10], mask=mask.bool().expand(10, *mask.shape), batch_size=4)
+    assert torch.equal(few, other[:10])
+    one = model.sample(5, seed=3, known=whole[0], mask=torch.ones(()))
+    assert torch.equal(one, whole[:1].expand_as(one)), "all is known"
+
+
+@pytest.mark.parametrize("name", ["pixelcnn", "made_natural", "wavenet", "gated_pixelcnn_colour"])
+def test_completions_have_the_conditional_probabilities(name: str) -> None:
+    """Given the beginning in raster order, the rest has its exact conditional distribution."""
+    model, n = small(name), 4000
+    x = every_sample(model)
+    first = x[number(model, x).argsort()][len(x) // 3]
+    mask = torch.zeros(model.sample_shape)
+    mask.view(model.sample_shape[0], -1)[:, 0] = 1  # the first pixel
+    fits = ((x == first) | (mask == 0)).flatten(1).all(1)
+    with torch.no_grad():
+        expected = model.log_prob(x).exp() * fits
+    expected /= expected.sum()
+    drawn = model.sample(n, seed=1, known=first, mask=mask)
+    found = torch.bincount(number(model, drawn), minlength=len(x)) / n
+    deviation = (2 / math.pi * expected * (1 - expected) / n).sqrt().sum()
+    assert float((found - expected).abs().sum()) < 1.25 * float(deviation)
+
+
+# Saving, command line
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_save_and_load(name: str, tmp_path: pathlib.Path) -> None:
+    model = small(name, **({"num_classes": 2} if name in CONDITIONAL else {}))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    x = every_sample(model)[:50]
+    cond = torch.arange(50) % 2 if model.conditional else None
+    assert torch.equal(loaded.log_prob(x, cond), model.log_prob(x, cond))
+    assert torch.equal(loaded.sample(5, seed=1, cond=cond and None or (cond[:5] if cond is not None else None)),
+                       model.sample(5, seed=1, cond=cond[:5] if cond is not None else None))
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        status = main([str(argument) for argument in arguments])
+    return status, text.getvalue()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cli(family: str, tmp_path: pathlib.Path) -> None:
+    assert family in list_models()
+    tiny = {"fvsbn": {}, "made": {"hidden": (16,), "networks": 2}}.get(family, {"width": 4, "depth": 1})
+    options = [text for name, value in tiny.items() for text in ("--set", f"{name}={value}")]
+    if family != "fvsbn":
+        options += ["--set", "num_classes=10"]
+    out = tmp_path / "run"
+    status, text = run(
+        "train", family, "--out", out, "--steps", 3, "--batch-size", 100, "--quiet", "--device", "cpu", *options
+    )
+    assert status == 0, text
+    assert text.startswith("step 3 of 3, validation loss")
+    status, text = run("sample", "--from", out, "-n", 3, "--out", tmp_path / "s.png", "--device", "cpu")
+    assert status == 0, text
+    assert (tmp_path / "s.png").exists()
+    status, text = run("evaluate", "--from", out, "--device", "cpu")
+    assert status == 0, text
+    assert text.startswith("log-likelihood, validation set, mean of 200 samples: nats -")
+    status, text = run("train", family, "--out", out, "--resume", "--steps", 4, "--quiet", "--device", "cpu")
+    assert (status, text.split(",")[0]) == (0, "step 4 of 4"), text
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("pixelcnn", {"image_shape": (8, 8)}, r"image_shape must be \(channels, height, width\), got \(8, 8\)"),
+        ("pixelcnn", {"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ("gated_pixelcnn", {"first_kernel_size": 2}, "first_kernel_size must be odd, got 2"),
+        ("gated_pixelcnn", {"block": "resnet"}, "block must be one of gated, concat_elu, got 'resnet'"),
+        ("gated_pixelcnn", {"image_shape": (3, 8, 8), "width": 32}, "width must be divisible by the 3 colours, got 32"),
+        (
+            "gated_pixelcnn",
+            {"image_shape": (3, 8, 8), "width": 30, "block": "concat_elu"},
+            "block must be 'gated' for 3 colours with output 'bernoulli'",
+        ),
+        ("gated_pixelcnn", {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ("gated_pixelcnn", {"output": "gauss"}, "output must be one of bernoulli, categorical, logistic_mixture"),
+        ("gated_pixelcnn", {"output": "bernoulli", "levels": 17}, "levels must be 2 with output 'bernoulli', got 17"),
+        ("gated_pixelcnn", {"output": "logistic_mixture", "mixtures": 0}, "mixtures must be a positive int, got 0"),
+        (
+            "gated_pixelcnn",
+            {"output": "logistic_mixture", "image_shape": (2, 8, 8)},
+            "image_shape must have 1 or 3 channels with output 'logistic_mixture', got 2",
+        ),
+        ("gated_pixelcnn", {"levels": 1}, "levels must be at least 2, got 1"),
+        ("gated_pixelcnn", {"depth": 0}, "depth must be a positive int, got 0"),
+        ("gated_pixelcnn", {"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ("made", {"order": "spiral"}, "order must be one of random, natural, got 'spiral'"),
+        ("made", {"order": "natural", "networks": 2}, "networks must be 1 with order 'natural', got 2"),
+        ("made", {"hidden": (0,)}, r"hidden\[0\] must be a positive int, got 0"),
+        ("fvsbn", {"image_shape": (0, 2)}, r"image_shape\[0\] must be a positive int, got 0"),
+        ("wavenet", {"kernel_size": 1}, "kernel_size must be at least 2, got 1"),
+        ("wavenet", {"cycle": 0}, "cycle must be a positive int, got 0"),
+    ],
+)
+def test_bad_config(family: str, config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(family, **config)
+
+
+def test_bad_data_and_classes() -> None:
+    model, conditional = small("pixelcnn"), small("pixelcnn", num_classes=3)
+    x = every_sample(model)[:4]
+    with pytest.raises(ValueError, match=r"x must have shape \(batch, 1, 3, 3\), got \(4, 9\)"):
+        model.log_prob(x.flatten(1))
+    with pytest.raises(ValueError, match=r"x must lie on 2 equally spaced levels in \[-1, 1\]"):
+        model.log_prob(0.5 * x)
+    with pytest.raises(ValueError, match="cond must be None: this pixelcnn is not conditional"):
+        model.log_prob(x, torch.zeros(4, dtype=torch.long))
+    for call in (lambda: conditional.log_prob(x), lambda: conditional.loss(x), lambda: conditional.sample(4)):
+        with pytest.raises(ValueError, match=r"cond must be given: this pixelcnn is conditional"):
+            call()
+    with pytest.raises(ValueError, match=r"cond must be in 0 \.\. 2, got \[0, 1, 2, 3\]"):
+        conditional.log_prob(x, torch.arange(4))
+    with pytest.raises(ValueError, match=r"cond must be in 0 \.\. 2, got \[-1"):
+        conditional.sample(2, cond=-1)
+    with pytest.raises(TypeError, match=r"cond must be int64 of shape \[batch\], got torch.float32 of shape \(4,\)"):
+        conditional.log_prob(x, torch.zeros(4))
+
+
+def test_bad_completions() -> None:
+    model = small("pixelcnn")
+    known, mask = every_sample(model)[:4], torch.ones(3, 3)
+    for options in ({"known": known}, {"mask": mask}):
+        with pytest.raises(ValueError, match="known and mask must be given together"):
+            model.sample(4, **options)
+    with pytest.raises(ValueError, match=r"mask must broadcast to shape \(4, 1, 3, 3\), got \(3, 2\)"):
+        model.sample(4, known=known, mask=mask[:, :2])
+    with pytest.raises(TypeError, match="known must be a tensor, got float"):
+        model.sample(4, known=1.0, mask=mask)
+    with pytest.raises(ValueError, match=r"known must lie on 2 equally spaced levels in \[-1, 1\]"):
+        model.sample(4, known=0.3 * known, mask=mask)
+    with pytest.raises(TypeError, match="sample of pixelcnn has no option 'given'; its options are known, mask"):
+        model.sample(4, given=known)
+
+
+def test_binarised_digits() -> None:
+    grey, binary = digits(), digits(2)
+    for part in ("train", "validation", "test"):
+        level = (grey.split(part).x + 1) * 8
+        assert torch.equal(binary.split(part).x, torch.where(level > 8, 1.0, -1.0))
+        assert torch.equal(binary.split(part).label, grey.split(part).label)
+    with pytest.raises(ValueError, match="levels must be 2 or 17, got 256"):
+        digits(256)
