@@ -1,8 +1,7 @@
 """Cases of the masked_conv op: masked convolutions, gates, and the distributions of autoregressive models.
 
-No peer library competes: neither torch nor a package for flows or autoregressive models that installs today has a masked
-convolution that leaves its dead taps out, or these distributions as one kernel; what is published is PyTorch code, the
-eager baselines here.
+No peer library competes: none that installs today leaves the dead taps of a masked convolution out or has these
+distributions as one kernel. What is published is PyTorch code, the eager baselines here.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,8 +65,8 @@ def layer_case(
     def make_inputs() -> SimpleNamespace:
         made = make_operands()
         data, operands = (tuple(tensor.to(setup.device) for tensor in tensors) for tensors in made)
-        y = plain(*data, *operands)
-        return SimpleNamespace(data=data, operands=[t.requires_grad_(train) for t in operands], seed=torch.randn_like(y))
+        seed = torch.randn_like(plain(*data, *operands))
+        return SimpleNamespace(data=data, operands=[t.requires_grad_(train) for t in operands], seed=seed)
 
     def reference(i: SimpleNamespace) -> Tensor | tuple[Tensor, ...]:
         data = [tensor.double() if tensor.is_floating_point() else tensor for tensor in i.data]

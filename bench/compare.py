@@ -43,13 +43,15 @@ class Contender:
 
     `run` is what is timed. `check`, for a `run` that draws its own random numbers, is the same computation on given
     ones. `context` is entered once around a batch of calls. `tolerance` replaces the parity rule for a peer library
-    whose arithmetic is its own (relative to the largest reference value).
+    whose arithmetic is its own (relative to the largest reference value). `repeats` calls of `run` are the work of one
+    call of the others; its time is multiplied by that. Its `check` does the whole work.
     """
 
     run: Callable[[Any], Any]
     check: Callable[[Any], Any] | None = None
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     tolerance: float | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def compare(case: Case, setup: Setup, seconds: float = 2.0) -> tuple[dict[str, A
     times = timing.interleave(entries | {"": timing.Entry(copy, [None], nullcontext)}, setup.device, seconds)
     busy = (seconds_of_others() - others) / (time.perf_counter() - begin)
     copy_times = times.pop("")
+    times = {name: [seconds * contenders[name].repeats for seconds in found] for name, found in times.items()}
     peaks = {name: _peak_bytes(case, contender, input_sets[0], setup) for name, contender in contenders.items()}
     result = summarize(case, setup, times, copy_times, copy_bytes, rate, peaks)
     result["load_average"] = {"before": load, "after": os.getloadavg()}

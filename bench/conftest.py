@@ -102,7 +102,8 @@ def _record(benchmark: Any, case: Case, setup: Setup, input_sets: list[Any], mic
 
     benchmark.group = case.name
     with running(case, ours):
-        benchmark.pedantic(call, rounds=10, iterations=max(1, int(2000 / microseconds)), warmup_rounds=1)
+        rounds = min(10, max(1, int(2e6 / microseconds)))
+        benchmark.pedantic(call, rounds=rounds, iterations=max(1, int(2000 / microseconds)), warmup_rounds=1)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,5 +1,6 @@
 """Masked convolutions, distributions and autoregressive networks as a user writes them: baselines of masked_conv."""
 
+import abc
 import copy
 import math
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from dgm_kernels import categorical_sample, gated_activation
 from dgm_kernels.nn import CausalConv1d, HorizontalConv2d, VerticalConv2d
 
 LEVELS = 256
-LOGIT_SIZE = 2.0  # of the logits at initialisation, so that samples depend on what was drawn before
+GAIN = 1.7  # of random weights: with PyTorch's, what was drawn far above and to the left would hardly move the logits
 
 
 def raster_mask(size: int, mask_type: str, device: torch.device) -> Tensor:
-    """1 where a square kernel's weights count: the taps before the centre in raster order, with type B the centre too."""
+    """1 where a square kernel's weights count: the taps before the centre in raster order, with type B the centre."""
     live = torch.arange(size * size, device=device) < size * size // 2 + (mask_type == "B")
     return live.float().view(1, 1, size, size)
 
@@ -188,10 +189,9 @@ def twins(family: type[Network], width: int, depth: int, device: torch.device) -
     torch.manual_seed(0)
     ours, plain = (family(layers, width, depth).to(device).eval() for layers in (OURS, PLAIN))
     with torch.no_grad():
-        ours.head[-1].weight.normal_(std=LOGIT_SIZE / width**0.5)
-        for module in ours.head[:-1]:
-            if hasattr(module, "weight"):
-                module.weight.normal_(std=(2 / width) ** 0.5)
+        for weight in ours.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=GAIN / weight[0].numel() ** 0.5)
     plain.load_state_dict(ours.state_dict())
     for module in plain.modules():
         if hasattr(module, "mask_once"):
@@ -204,15 +204,11 @@ def wide(network: Network) -> Network:
     return copy.deepcopy(network).double()
 
 
-class NaiveLoop(NamedTuple):
-    """Generation by one pass through the network for each pixel of one channel.
+class Loop(abc.ABC):
+    """Draws the pixels of images or sequences of one channel one after the other; `step` draws one."""
 
-    `field` limits a pass over a sequence to as many inputs, those that the network can see; None stands for all.
-    """
-
-    network: Callable[[Tensor], Tensor]
-    levels: int
-    field: int | None = None
+    def __init__(self, network: Callable[[Tensor], Tensor], levels: int) -> None:
+        self.network, self.levels = network, levels
 
     def draw(self, outputs: Tensor, uniform: Tensor) -> Tensor:
         """Levels of `[batch, outputs, ...]` by uniform numbers `[batch, ...]`."""
@@ -222,18 +218,70 @@ class NaiveLoop(NamedTuple):
         """What the network takes for the levels: 0 and 1, or numbers from -1 to 1."""
         return levels if self.levels == 2 else levels * (2 / (self.levels - 1)) - 1
 
+    @abc.abstractmethod
+    def outputs(self, x: Tensor, pixel: int) -> Tensor:
+        """The network's outputs for a pixel of x, `[batch, 1, ...]`."""
+
     def step(self, x: Tensor, pixel: int, uniform: Tensor) -> Tensor:
-        """Draws a pixel of x, `[batch, 1, ...]`, and writes it there."""
-        if self.field is None:
-            outputs = self.network(x).flatten(2)[:, :, pixel]
-        else:
-            outputs = self.network(x[:, :, max(0, pixel + 1 - self.field) : pixel + 1])[:, :, -1]
-        level = self.draw(outputs[:, :, None], uniform[:, None])[:, 0]
+        """Draws a pixel of x by a number for each sample, and writes it there."""
+        level = self.draw(self.outputs(x, pixel)[:, :, None], uniform[:, None])[:, 0]
         x.view(len(x), -1)[:, pixel] = self.values(level)
         return level
 
     def generate(self, shape: tuple[int, ...], uniform: Tensor) -> Tensor:
         """Levels `[batch, *shape]` by uniform numbers `[batch, pixels]`."""
-        x = torch.zeros(len(uniform), *shape, dtype=next(iter(self.network.parameters())).dtype, device=uniform.device)
+        x = torch.zeros(len(uniform), *shape, dtype=next(self.network.parameters()).dtype, device=uniform.device)
         levels = [self.step(x, pixel, uniform[:, pixel]) for pixel in range(uniform.shape[1])]
         return torch.stack(levels, dim=1).view(len(uniform), *shape)
+
+
+class NaiveLoop(Loop):
+    """A pass through the network for each pixel.
+
+    `field` limits a pass over a sequence to as many inputs, those that the network can see; None stands for all.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], levels: int, field: int | None = None) -> None:
+        super().__init__(network, levels)
+        self.field = field
+
+    def outputs(self, x: Tensor, pixel: int) -> Tensor:
+        if self.field is None:
+            return self.network(x).flatten(2)[:, :, pixel]
+        return self.network(x[:, :, max(0, pixel + 1 - self.field) : pixel + 1])[:, :, -1]
+
+
+class QueueLoop(Loop):
+    """A WaveNet's layers in PyTorch, each with a queue of what it saw, so that a sample's features are computed once.
+
+    Source: Paine et al., "Fast WaveNet Generation Algorithm", 2016.
+    """
+
+    def __init__(self, network: WaveNet, levels: int) -> None:
+        super().__init__(network, levels)
+        self.weights = []  # of each layer the two taps as one matrix, and residual and skip as one
+        for dilated, residual, skip in zip(network.dilated, network.residual, network.skip, strict=True):
+            taps = torch.cat(dilated.weight.unbind(2), dim=1)
+            both = torch.cat([residual.weight, skip.weight])[:, :, 0]
+            self.weights.append((taps, dilated.bias, both, torch.cat([residual.bias, skip.bias])))
+        self.queues: list[Tensor] = []
+
+    def generate(self, shape: tuple[int, ...], uniform: Tensor) -> Tensor:
+        self.queues = []
+        return super().generate(shape, uniform)
+
+    def outputs(self, x: Tensor, pixel: int) -> Tensor:
+        if not self.queues:
+            channels = self.network.first.weight.shape[0]
+            self.queues = [x.new_zeros(d.dilation[0], len(x), channels) for d in self.network.dilated]
+        before = x[:, :, pixel - 1] if pixel else torch.zeros_like(x[:, :, 0])
+        features = F.linear(before, self.network.first.weight[:, :, 0], self.network.first.bias)
+        total: Tensor | float = 0.0
+        for queue, (taps, bias, both, both_bias) in zip(self.queues, self.weights, strict=True):
+            place = pixel % len(queue)
+            pair = torch.cat([queue[place], features], dim=1)
+            queue[place] = features
+            left, right = F.linear(pair, taps, bias).chunk(2, dim=1)
+            residual, skip = F.linear(torch.tanh(left) * torch.sigmoid(right), both, both_bias).chunk(2, dim=1)
+            features, total = features + residual, total + skip
+        return self.network.head(total[:, :, None])[:, :, 0]

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 BATCH_SECONDS = 2e-3  # a timed batch lasts at least this long, so that reading the clock costs nothing
 WARMUP_SECONDS = 0.1
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
+SLOW_SECONDS, MIN_SLOW_ROUNDS = 6.0, 3  # rounds that last this long together are enough, be they few
 
 
 def settle_allocator() -> None:
@@ -73,7 +74,10 @@ def interleave(entries: Mapping[str, Entry], device: torch.device, seconds: floa
     try:
         begin = time.perf_counter()
         for round_index in range(MAX_ROUNDS):
-            if round_index >= MIN_ROUNDS and time.perf_counter() - begin >= seconds:
+            spent = time.perf_counter() - begin
+            if (round_index >= MIN_ROUNDS and spent >= seconds) or (
+                round_index >= MIN_SLOW_ROUNDS and spent >= max(seconds, SLOW_SECONDS)
+            ):
                 break
             shift = round_index % len(names)
             for name in names[shift:] + names[:shift]:

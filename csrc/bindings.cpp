@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "coupling/launch.h"
 #include "masked_conv/launch.h"
+#include "masked_conv/launch_pixel.h"
 #include "sampler/launch.h"
 
 namespace py = pybind11;
@@ -54,6 +55,12 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("masked_conv.cpp", TORCH_FN(dgm::masked_conv::conv));
   m.impl("masked_conv_input_grad.cpp", TORCH_FN(dgm::masked_conv::input_grad));
   m.impl("masked_conv_weight_grad.cpp", TORCH_FN(dgm::masked_conv::weight_grad));
+  m.impl("masked_conv_gate.cpp", TORCH_FN(dgm::masked_conv::gate));
+  m.impl("masked_conv_gate_backward.cpp", TORCH_FN(dgm::masked_conv::gate_backward));
+  m.impl("masked_conv_mixture.cpp", TORCH_FN(dgm::masked_conv::mixture));
+  m.impl("masked_conv_mixture_backward.cpp", TORCH_FN(dgm::masked_conv::mixture_backward));
+  m.impl("masked_conv_categorical.cpp", TORCH_FN(dgm::masked_conv::categorical));
+  m.impl("masked_conv_categorical_backward.cpp", TORCH_FN(dgm::masked_conv::categorical_backward));
   m.impl("masked_conv_pack.cpp", TORCH_FN(dgm::masked_conv::pack_program));
   m.impl("masked_conv_generate.cpp", TORCH_FN(dgm::masked_conv::generate));
 }

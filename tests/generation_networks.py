@@ -68,6 +68,14 @@ class GatedPixelCNN(nn.Module):
         return self.last(skips)
 
 
+def lively(network: nn.Module) -> nn.Module:
+    """Larger weights: outputs that depend visibly on what was drawn before."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2.0)
+    return network
+
+
 def concat_elu(x: Tensor) -> Tensor:
     return F.elu(torch.cat([x, -x], dim=1))
 
@@ -147,6 +155,30 @@ class FVSBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+class Operations(nn.Module):
+    """A masked first layer, then some operations on its features."""
+
+    def __init__(self, function: Callable[[Tensor, nn.ModuleDict], Tensor]) -> None:
+        super().__init__()
+        self.first = MaskedConv2d(1, 6, 3, mask_type="A")
+        self.layers = nn.ModuleDict(
+            {
+                "conv": nn.Conv2d(6, 6, 1),
+                "three": nn.Conv2d(3, 6, 1, padding="same"),
+                "twice": nn.Conv2d(12, 6, 1),
+                "masked": MaskedConv2d(6, 6, 3, mask_type="B"),
+                "relu": nn.ReLU(inplace=True),
+                "many": nn.Sequential(nn.Identity(), nn.Dropout(0.7), nn.SiLU(), nn.Sigmoid(), nn.Tanh(), nn.ELU()),
+            }
+        )
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+        self.last = nn.Conv2d(6, 1, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x), self.layers))
 
 
 @dataclasses.dataclass(frozen=True)

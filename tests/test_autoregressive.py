@@ -103,16 +103,16 @@ def test_A1_A2_A4_A5_A6_A10_samples_have_the_probabilities(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_classes_have_distributions_of_their_own(name: str) -> None:
-    model = small(name, num_classes=3)
+    model = small(name, noise=0.5, num_classes=3)
     x = every_sample(model)
     with torch.no_grad():
         each = torch.stack([model.log_prob(x, torch.full((len(x),), label)).exp() for label in range(3)])
     torch.testing.assert_close(each.sum(1), torch.ones(3, dtype=torch.float64))
     assert all((a - b).abs().sum() > 0.01 for a, b in itertools.combinations(each, 2))
-    n = 3000
-    found = torch.bincount(number(model, model.sample(n, seed=1, cond=2)), minlength=len(x)) / n
-    distances = (each - found).abs().sum(1)
-    assert int(distances.argmin()) == 2
+    for label in range(3):
+        drawn = number(model, model.sample(4000, seed=1, cond=label))
+        likelihood = each[:, drawn].log().mean(1)
+        assert int(likelihood.argmax()) == label
     mixed = model.sample(6, seed=1, cond=torch.tensor([0, 1, 2, 0, 1, 2]))
     assert torch.equal(mixed[2::3], model.sample(6, seed=1, cond=2)[2::3])
 
@@ -132,8 +132,11 @@ def test_loss_is_the_negative_log_probability_in_nats(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*CONDITIONAL, "pixelcnn_pp", "made_levels"])
 def test_every_parameter_is_trained(name: str) -> None:
-    model = small(name, **({"num_classes": 2} if name in CONDITIONAL else {})).train()
-    x = every_sample(model)[::3]
+    options = {"num_classes": 2} if name in CONDITIONAL else {}
+    if name == "pixelcnn_pp":
+        options["image_shape"] = (3, 2, 2)  # in one row of pixels there is nothing above
+    model = small(name, **options).train()
+    x = torch.randint(0, model.levels, (200, *model.sample_shape)).double() * (2 / (model.levels - 1)) - 1
     model.loss(x, torch.arange(len(x)) % 2 if model.conditional else None).backward()
     unused = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert not unused
@@ -152,7 +155,8 @@ def test_a_short_training_beats_independent_pixels(family: str) -> None:
     """Independent Bernoulli pixels have 24.6 nats an image."""
     data = digits(2)
     torch.manual_seed(0)
-    options = {"made": {"networks": 2}, "fvsbn": {}}.get(family, {"width": 16, "depth": 3})
+    options = {"made": {"networks": 2}, "fvsbn": {}, "wavenet": {"width": 16, "depth": 6}}
+    options = options.get(family, {"width": 16, "depth": 3})
     model = create_model(family, **options, **({} if family == "fvsbn" else {"levels": 2}))
     settings = {**model.default_settings, "steps": 150, "warmup": 20, "lr": 1e-2, "ema": 0.9}
     trainer = Trainer(model, data, Settings(**settings))
@@ -197,10 +201,11 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(name: str) -> None:
     model = small(name)
     whole = model.sample(40, seed=2)
     mask = torch.zeros(model.sample_shape)
-    mask[..., 0] = 1  # the first column or step
+    pixels = mask.view(model.sample_shape[0], -1)
+    pixels[:, : pixels.shape[1] // 2] = 1
     known = torch.where(mask.bool(), whole, float("nan"))
     other = model.sample(40, seed=3, known=known, mask=mask)
-    assert torch.equal(other[..., 0], whole[..., 0])
+    assert torch.equal(other * mask, whole * mask)
     assert not torch.equal(other, whole)
     assert torch.equal(model.sample(40, seed=2, known=known, mask=mask), whole), "the same noise for the rest"
     few = model.sample(10, seed=3, known=known[:10], mask=mask.bool().expand(10, *mask.shape), batch_size=4)
@@ -240,8 +245,7 @@ def test_save_and_load(name: str, tmp_path: pathlib.Path) -> None:
     x = every_sample(model)[:50]
     cond = torch.arange(50) % 2 if model.conditional else None
     assert torch.equal(loaded.log_prob(x, cond), model.log_prob(x, cond))
-    assert torch.equal(loaded.sample(5, seed=1, cond=cond and None or (cond[:5] if cond is not None else None)),
-                       model.sample(5, seed=1, cond=cond[:5] if cond is not None else None))
+    assert torch.equal(loaded.sample(50, seed=1, cond=cond), model.sample(50, seed=1, cond=cond))
 
 
 def run(*arguments: object) -> tuple[int, str]:

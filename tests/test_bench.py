@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,30 @@ def test_ratios_come_from_medians_of_rounds() -> None:
     assert result["over_floor"] == pytest.approx(2.0)
     met = {bar: found["met"] for bar, found in result["bars"].items()}
     assert met == {"eager": True, "compile": False, "us": True, "floor": False}
+
+
+def test_part_of_the_work_counts_as_often_as_it_is_needed(monkeypatch: Any) -> None:
+    """A contender whose run is a fifth of the work: 2 us are 10 us."""
+    monkeypatch.setattr(timing, "interleave", lambda entries, *_: {name: [2e-6] for name in entries})
+    monkeypatch.setattr("bench.floor.matmul_rate", lambda *_: 1e9)
+    contenders = {"dgm cpp": Contender(torch.square), "eager": Contender(lambda x: x * x, repeats=5)}
+    result, _ = compare(square_case(contenders=contenders), SETUP)
+    medians = {name: found["median_us"] for name, found in result["contenders"].items()}
+    assert medians == pytest.approx({"dgm cpp": 2.0, "eager": 10.0})
+
+
+@pytest.mark.parametrize(("seconds_of_a_call", "rounds"), [(0.125, 16), (0.5, 7), (1.5, 4), (6.0, 3)])
+def test_slow_entries_take_few_rounds(seconds_of_a_call: float, rounds: int, monkeypatch: Any) -> None:
+    """Two seconds and seven rounds at least, unless fewer rounds last six seconds."""
+    now = 0.0
+
+    def call(_: Any) -> None:
+        nonlocal now
+        now += seconds_of_a_call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    entry = timing.Entry(call, [None], torch.no_grad)
+    assert len(timing.interleave({"slow": entry}, SETUP.device, 2.0)["slow"]) == rounds
 
 
 def test_bar_holds_against_the_fastest_of_a_family() -> None:

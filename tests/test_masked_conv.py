@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgm_kernels import causal_conv1d, use_backend
+from dgm_kernels import causal_conv1d
 from dgm_kernels.masked_conv.taps import Kernel, Layout, Rule
 from tests.cases import DTYPES
 from tests.contract import assert_parity
@@ -23,6 +23,7 @@ from tests.masked_conv_cases import (
     group_of,
     live_weights,
     sees,
+    use_backend,
 )
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

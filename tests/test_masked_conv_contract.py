@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_kernels import masked_conv2d, use_backend
+from dgm_kernels import masked_conv2d
 from dgm_kernels.masked_conv import op
 from dgm_kernels.masked_conv.taps import Layout
 from tests.contract import (
@@ -23,7 +23,7 @@ from tests.contract import (
     assert_vmap,
     strided_variants,
 )
-from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
+from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -146,7 +146,7 @@ def test_samples_do_not_depend_on_their_batch(case, backend):
 
 
 # No two sizes of a call are equal: torch.compile would expect them to stay so.
-SMALL, LARGE, LARGE_AND_WIDE = (6, 4, 8, 9, 11), (10, 4, 8, 13, 17), (10, 12, 16, 13, 17)
+SMALL, LARGE = (6, 4, 8, 9, 11), (10, 12, 16, 13, 17)
 
 
 @on_every_backend
@@ -154,17 +154,17 @@ SMALL, LARGE, LARGE_AND_WIDE = (6, 4, 8, 9, 11), (10, 4, 8, 13, 17), (10, 12, 16
 def test_compiles_once_for_two_sizes(case, backend):
     """Another batch, image and other channels, forward and backward."""
     with use_backend(backend):
-        args = [case.make(size, grad=True) for size in (SMALL, LARGE_AND_WIDE)]
+        args = [case.make(size, grad=True) for size in (SMALL, LARGE)]
         assert_compiles(case.call, *args, backend="aot_eager")
 
 
-@on_every_backend
+@pytest.mark.parametrize("backend", NATIVE)
 def test_compiles_with_inductor(backend):
-    """With what surrounds it in one graph. Inductor itself takes the channels of PyTorch's convolutions as constants."""
-    case = SOME_CASES[1]
+    """With what surrounds it in one graph; few elements, for from 4096 on Inductor compiles its own sums again."""
+    case, sizes = SOME_CASES[3], ((5, 4, 8, 6, 7), (10, 4, 8, 9, 11))
     with use_backend(backend):
-        args = [case.make(size, grad=True) for size in (SMALL, LARGE)]
-        assert_compiles(lambda x, *rest: case.call(F.relu(x), *rest).square(), *args)
+        args = [case.make(size, grad=True) for size in sizes]
+        assert_compiles(lambda x, *rest: torch.tanh(case.call(F.relu(x), *rest)), *args)
 
 
 @on_every_backend
@@ -176,7 +176,7 @@ def test_autocast_in_compiled_code(backend):
             return case.call(*operands).float()
 
     with use_backend(backend):
-        args = [case.make(size, grad=True) for size in (SMALL, LARGE_AND_WIDE)]
+        args = [case.make(size, grad=True) for size in (SMALL, LARGE)]
         assert_compiles(run, *args, backend="aot_eager")
 
 
@@ -280,10 +280,10 @@ def test_meta_tensors_give_shapes():
 ISA_SCRIPT = """
 import sys, torch
 from dgm_kernels import backends
-from tests.masked_conv_cases import CASES, SIZES
+from tests.masked_conv_cases import CASES, SIZES, use_backend
 torch.manual_seed(0)
 outputs = []
-for case in CASES:
+for case in CASES[::2]:
     for dtype in (torch.float32, torch.bfloat16):
         leaves = case.make(SIZES[4], dtype, grad=True)
         y = case.call(*leaves)

@@ -1,8 +1,11 @@
 // CPU loops of the masked_conv op; built once per instruction set, without torch headers.
 #include "masked_conv/cpu.h"
 
+#include "masked_conv/categorical.h"
 #include "masked_conv/conv.h"
+#include "masked_conv/gate.h"
 #include "masked_conv/generate.h"
+#include "masked_conv/mixture.h"
 
 namespace dgm::masked_conv {
 namespace DGM_ISA_NAMESPACE {

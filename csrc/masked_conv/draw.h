@@ -6,13 +6,12 @@
 #include "common/philox.h"
 #include "masked_conv/generate_args.h"
 #include "masked_conv/panel.h"
+#include "masked_conv/pixel_args.h"
 
 namespace dgm::masked_conv {
 namespace DGM_ISA_NAMESPACE {
 
 namespace {
-
-constexpr float kMinLogScale = -7.0f;  // of a logistic
 
 // The entry whose part of (0, 1] `uniform` falls into.
 DGM_INLINE int64_t draw_categorical(const float* logits, int64_t stride, int64_t levels, float uniform, double* sums) {

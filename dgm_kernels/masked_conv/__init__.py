@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from . import op, reference
 from .checks import (
     check_categorical,
     check_conv,
+    check_epilogue,
     check_gate,
     check_groups,
     check_levels,
@@ -20,6 +23,7 @@ from .checks import (
     is_strict,
     mixtures_of,
     pair,
+    positive_int,
 )
 from .linear import masked_linear
 from .overridable import overridable
@@ -71,7 +75,8 @@ def masked_conv2d(
         condition: ``[batch, outputs]`` or like the convolution's result; added to it.
 
     Returns:
-        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``.
+        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``
+        (with a condition of PyTorch's promotion of the two).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; the message names it.
@@ -108,7 +113,8 @@ def vertical_conv2d(
         bias, mask_type, dilation, gated, condition: as in :func:`masked_conv2d`.
 
     Returns:
-        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``.
+        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``
+        (with a condition of PyTorch's promotion of the two).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; the message names it.
@@ -144,7 +150,8 @@ def horizontal_conv2d(
         bias, mask_type, channel_groups, dilation, gated, condition: as in :func:`masked_conv2d`.
 
     Returns:
-        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``.
+        ``[batch, outputs, height, width]`` (``outputs / 2`` if gated) in the dtype of ``x``
+        (with a condition of PyTorch's promotion of the two).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; the message names it.
@@ -156,7 +163,8 @@ def horizontal_conv2d(
         raise ValueError(f"weight must have a kernel of height 1, got {tuple(weight.shape[2:])}")
     strict = is_strict(mask_type)
     groups = check_groups(channel_groups, weight.shape[0], weight.shape[1], "the outputs of weight", "the inputs")
-    return _conv(x, weight, bias, Layout.HORIZONTAL, strict, groups, pair("dilation", dilation), gated, condition)
+    step = positive_int("dilation", dilation)
+    return _conv(x, weight, bias, Layout.HORIZONTAL, strict, groups, (1, step), gated, condition)
 
 
 @overridable
@@ -182,7 +190,8 @@ def causal_conv1d(
         dilation: distance of the taps in steps.
 
     Returns:
-        ``[batch, outputs, length]`` (``outputs / 2`` if gated) in the dtype of ``x``.
+        ``[batch, outputs, length]`` (``outputs / 2`` if gated) in the dtype of ``x``
+        (with a condition of PyTorch's promotion of the two).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value; the message names it.
@@ -191,10 +200,11 @@ def causal_conv1d(
     """
     check_conv(x, weight, bias, 1)
     strict = is_strict(mask_type)
-    step = pair("dilation", dilation)
-    if condition is not None and isinstance(condition, Tensor) and condition.dim() == 3:
+    step = positive_int("dilation", dilation)
+    check_epilogue(x, weight, 1, gated, condition)
+    if condition is not None and condition.dim() == 3:
         condition = condition.unsqueeze(2)
-    y = _conv(x.unsqueeze(2), weight.unsqueeze(2), bias, Layout.HORIZONTAL, strict, 1, step, gated, condition)
+    y = _conv(x.unsqueeze(2), weight.unsqueeze(2), bias, Layout.HORIZONTAL, strict, 1, (1, step), gated, condition)
     return y.squeeze(2)
 
 
@@ -209,6 +219,7 @@ def _conv(
     gated: bool,
     condition: Tensor | None,
 ) -> Tensor:
+    check_epilogue(x, weight, groups, gated, condition)
     x, weight, bias = _autocast(x, weight, bias)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
@@ -222,13 +233,34 @@ def _conv(
         wanted = (x, weight, bias)
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted)
         bias = None if bias is None else bias.contiguous()
+        if gated and backend == "triton" and (condition is None or getattr(condition, "dtype", None) == x.dtype):
+            return _gated_conv(x.contiguous(), weight.contiguous(), bias, condition, settings, grad)
         y = ops.call(op.conv[backend], grad, x.contiguous(), weight.contiguous(), bias, *settings)
     if gated:
         return gated_activation(y, condition, channel_groups=groups)
     if condition is None:
         return y
-    check_gate(y, condition)
     return y + condition.view(*condition.shape, *[1] * (y.dim() - condition.dim()))
+
+
+def _gated_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    condition: Tensor | None,
+    settings: tuple[int, bool, int, int, int],
+    grad: bool,
+) -> Tensor:
+    """The convolution with the gated activation in the same kernel."""
+    stand_in = x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])  # for the result of the convolution
+    check_gate(stand_in, condition)
+    half = weight.shape[0] // 2
+    check_groups(settings[2], half, half, "half the channels of x", "half of them")
+    if condition is not None:
+        grad = grad or (torch.is_grad_enabled() and condition.requires_grad)
+        whole = condition.shape == stand_in.shape
+        condition = condition.contiguous() if whole else condition.reshape(stand_in.shape[:2])
+    return ops.call(op.gated["triton"], grad, x, weight, bias, condition, *settings, grad)[0]
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor]:
@@ -272,7 +304,7 @@ def gated_activation(x: Tensor, condition: Tensor | None = None, *, channel_grou
     if groups > 1:
         x = x.reshape(shape[0] * groups, shape[1] // groups, *shape[2:])
         condition = condition if condition is None else condition.reshape(x.shape[0], x.shape[1], *condition.shape[2:])
-    backend = select(x.device, (x, condition), natives=op.READY)
+    backend = select(x.device, (x, condition), natives=op.PIXEL_READY)
     if backend == "reference":
         y = reference.gated_activation(x, condition)
     else:
@@ -286,15 +318,15 @@ def discretized_logistic_mixture(x: Tensor, parameters: Tensor, *, levels: int =
     """Log-probability of each pixel under a mixture of discretized logistic distributions.
 
     ``log sum_k pi_k prod_c P_kc(x_c)`` with ``P(x) = F((x - m + h) / s) - F((x - m - h) / s)``, F the logistic function
-    and ``h = 1 / (levels - 1)`` half a level; the lowest and the highest level take all that is beyond them. The mean of
-    green is ``m + c0 red``, that of blue ``m + c1 red + c2 green``. ``s = exp(max(log_scale, -7))`` and
+    and ``h = 1 / (levels - 1)`` half a level; the lowest and the highest level take all that is beyond them. The mean
+    of green is ``m + c0 red``, that of blue ``m + c1 red + c2 green``. ``s = exp(max(log_scale, -7))`` and
     ``c = tanh(coefficient)``. In float32 throughout, without a difference of nearly equal numbers: finite wherever the
     parameters are moderate. Differentiable in ``parameters`` to any order; saves both tensors.
 
     Args:
         x: ``[batch, channels, ...]`` with 1 or 3 channels, levels ``2 i / (levels - 1) - 1`` in [-1, 1].
-        parameters: ``[batch, 10 K, ...]`` of three channels, ``[batch, 3 K, ...]`` of one: K logits of pi, then for each
-            channel K means, K log-scales and, of three channels, K coefficients (of red for green; of red for blue; of
+        parameters: ``[batch, 10 K, ...]`` of three channels, ``[batch, 3 K, ...]`` of one: K logits of pi, then for
+            each channel K means, K log-scales and, of three channels, K coefficients (of red for green; of red for blue; of
             green for blue).
         levels: of a channel.
 
@@ -309,7 +341,7 @@ def discretized_logistic_mixture(x: Tensor, parameters: Tensor, *, levels: int =
     check_mixture(x, parameters)
     levels = check_levels(levels)
     refusal = "x with a gradient is differentiated by the reference" if x.requires_grad else None
-    backend = select(x.device, (x, parameters), refusal, natives=op.READY)
+    backend = select(x.device, (x, parameters), refusal, natives=op.PIXEL_READY)
     if backend == "reference":
         work = torch.float64 if torch.float64 in (x.dtype, parameters.dtype) else torch.float32
         return reference.discretized_logistic_mixture(x.to(work), parameters.to(work), levels)
@@ -367,20 +399,13 @@ def categorical_log_prob(x: Tensor, logits: Tensor, *, dim: int = 1) -> Tensor:
             are out of range on a GPU give NaN.
     """
     dim = check_categorical(x, logits, dim)
-    backend = select(logits.device, (logits,), natives=op.READY)
+    outer, levels, inner = math.prod(logits.shape[:dim]), logits.shape[dim], math.prod(logits.shape[dim + 1 :])
+    flat, merged = x.reshape(outer, inner), logits.reshape(outer, levels, inner)
+    backend = select(logits.device, (logits,), natives=op.PIXEL_READY)
     if backend == "reference":
-        return reference.categorical_log_prob(
-            x.flatten(0, dim - 1) if dim > 1 else x, _wide(_merged(logits, dim))
-        ).view(x.shape)
+        return reference.categorical_log_prob(flat, _wide(merged)).view(x.shape)
     grad = torch.is_grad_enabled() and logits.requires_grad
-    merged = _merged(logits.contiguous(), dim).flatten(2)
-    flat = x.reshape(merged.shape[0], merged.shape[2])
-    return ops.call(op.categorical[backend], grad, flat, merged)[0].view(x.shape)
-
-
-def _merged(logits: Tensor, dim: int) -> Tensor:
-    """The dimensions before the levels in one."""
-    return logits.unsqueeze(0) if dim == 0 else logits.flatten(0, dim - 1)
+    return ops.call(op.categorical[backend], grad, flat.contiguous(), merged.contiguous())[0].view(x.shape)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def compile_program(low: Lowering, output: View, kind: Output, levels: int) -> t
     place[list(order)] = torch.arange(len(order))
     instructions = [_with_blocks(i, _times(depends[i.out.node], place)) for i in instructions]
     nodes, instructions, result = _without_unused(low.nodes, instructions, result)
-    degrees = tuple(degree.value for degree in low.degrees)
+    degrees = tuple(degree.value.to("cpu", copy=True) for degree in low.degrees)
     program = Program(low.image, nodes, tuple(instructions), result, kind, levels, order, degrees)
     return program, low.weights
 
@@ -91,7 +91,7 @@ def _through(low: Lowering, term: Term, source: Tensor) -> Tensor:
     source = source[term.source.channel : term.source.channel + inputs]
     if term.rule == Rule.FULL or not source.any():
         return source.any(0).expand(outputs, -1)
-    before, after = low.degrees[term.in_degrees].value.cpu(), low.degrees[term.out_degrees].value.cpu()
+    before, after = (low.degrees[index].value.cpu() for index in (term.in_degrees, term.out_degrees))
     live = before < after[:, None] if term.rule == Rule.LESS else before <= after[:, None]
     return live.float() @ source.float() > 0
 

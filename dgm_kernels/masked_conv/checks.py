@@ -86,16 +86,30 @@ def check_gate(x: object, condition: object) -> None:
         raise ValueError(
             f"x must have shape [batch, channels, ...] with an even number of channels, got {tuple(x.shape)}"
         )
+    check_condition(condition, x, x.shape, "x")
+
+
+def check_condition(condition: object, x: Tensor, shape: Sequence[int], of: str) -> None:
+    """A number for each channel of each sample, or one for each element of a tensor of this shape."""
     if condition is None:
         return
     if not isinstance(condition, Tensor):
         raise TypeError(f"condition must be a tensor or None, got {type(condition).__name__}")
-    if condition.shape not in (x.shape, x.shape[:2], (*x.shape[:2], *[1] * (x.dim() - 2))):
+    per_sample = tuple(shape[:2])
+    if tuple(condition.shape) not in (tuple(shape), per_sample, (*per_sample, *[1] * (len(shape) - 2))):
         raise ValueError(
-            f"condition must have shape {tuple(x.shape[:2])} or that of x, {tuple(x.shape)}, got {tuple(condition.shape)}"
+            f"condition must have shape {per_sample} or that of {of}, {tuple(shape)}, got {tuple(condition.shape)}"
         )
     check_float("condition", condition)
     check_device("condition", condition, x, "x")
+
+
+def check_epilogue(x: Tensor, weight: Tensor, groups: int, gated: bool, condition: object) -> None:
+    """What follows a convolution fits its result."""
+    if gated and weight.shape[0] % (2 * groups):
+        of_groups = f" in each of {groups} groups" if groups > 1 else ""
+        raise ValueError(f"weight must have an even number of outputs{of_groups} to be gated, got {weight.shape[0]}")
+    check_condition(condition, x, (x.shape[0], weight.shape[0], *x.shape[2:]), "the convolution's result")
 
 
 def check_levels(levels: object) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,14 @@ def incremental_sampler(
     return IncrementalSampler(network, image_shape, output, levels, scale, offset)
 
 
+def _number(name: str, value: object, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
     """A traced network, for conditions of one form."""
@@ -133,8 +142,8 @@ class IncrementalSampler:
             raise ValueError(f"levels must be 2 with output 'bernoulli', got {self.levels}")
         if self.output == Output.LOGISTIC_MIXTURE and self.image_shape[0] not in (1, 3):
             raise ValueError(f"image_shape must have 1 or 3 channels with output {output!r}, got {self.image_shape}")
-        self.scale = float((1.0 if binary else 2.0 / (self.levels - 1)) if scale is None else scale)
-        self.offset = float((0.0 if binary else -1.0) if offset is None else offset)
+        self.scale = _number("scale", scale, 1.0 if binary else 2.0 / (self.levels - 1))
+        self.offset = _number("offset", offset, 0.0 if binary else -1.0)
         channels, *pixels = self.image_shape
         height, width = [1] * (2 - len(pixels)) + pixels
         self._image = (channels, height, width)
@@ -170,15 +179,18 @@ class IncrementalSampler:
         call = self._call(batch, key, generator, condition, given, known)
         if call.batch == 0:
             return call.given.view(0, *self.image_shape)
-        with evaluating(self.network):
+        with evaluating(self.network, self._device):
             compiled, env = self._compile(call)
             weights, constants = self._operands(compiled, env, call.batch)
-            natives = ("cpp",) if generate_op.registered() else ()
-            if select(self._device, [self._example, *weights], natives=natives) == "cpp":
+            if select(self._device, [self._example, *weights], natives=("cpp",)) == "cpp":
                 levels = self._run_native(compiled, weights, constants, call)
             else:
                 levels = self._run_reference(compiled, weights, constants, call)
         return levels.view(call.batch, *self.image_shape)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies are traced anew: the program belongs to this network, not to its copy."""
+        return self.__dict__ | {"_compiled": None}
 
     def naive(
         self,
@@ -192,7 +204,9 @@ class IncrementalSampler:
     ) -> Tensor:
         """The same samples by forward passes of the network: one for each pixel, or each channel that sees another."""
         call = self._call(batch, key, generator, condition, given, known)
-        with evaluating(self.network):
+        if call.batch == 0:
+            return call.given.view(0, *self.image_shape)
+        with evaluating(self.network, self._device):
             program = self._compile(call)[0].program
             blocks = [b for i in program.instructions if i.out.node == program.output.node for b in i.blocks]
             passes = len(program.order) if any(block.time for block in blocks) else 1
@@ -208,8 +222,9 @@ class IncrementalSampler:
                     drawn = draw(program, parameters, uniform[pixel], channel)
                     channels = slice(channel, channel + drawn.shape[1])
                     given_here, known_here = (t.flatten(2)[:, channels, pixel] for t in (call.given, call.known))
-                    levels[:, channels, pixel] = torch.where(known_here, given_here, drawn)
-                    x[:, channels, pixel] = (levels[:, channels, pixel] * self.scale + self.offset).to(x.dtype)
+                    level = torch.where(known_here, given_here, drawn)
+                    levels[:, channels, pixel] = level
+                    x[:, channels, pixel] = (level.to(self._work_dtype) * self.scale + self.offset).to(x.dtype)
         return levels.view(batch, *self.image_shape)
 
     # ---- The network.
@@ -239,15 +254,16 @@ class IncrementalSampler:
         if self._compiled is not None and self._compiled.form == form:
             env = self._compiled.trace.evaluate(call.batch, condition)
             pairs = zip(self._compiled.trace.lowering.degrees, self._compiled.program.degrees, strict=True)
-            if all(torch.equal(degree.recipe(env), value) for degree, value in pairs):
+            if all(torch.equal(degree.recipe(env).cpu(), value) for degree, value in pairs):
                 return self._compiled, env
         one = None if condition is None else condition[:1]
         x, expected = self._probe(one)
         trace = Trace(self.network, self._image, len(self.image_shape) + 1, x.dtype, self._device, one)
         program, weights = compile_program(trace.lowering, trace.output, self.output, self.levels)
-        self._compiled = _Compiled(form, trace, program, weights, program.encode())
-        self._verify(self._compiled, one, x, expected)
-        return self._compiled, trace.evaluate(call.batch, condition)
+        compiled = _Compiled(form, trace, program, weights, program.encode())
+        self._verify(compiled, one, x, expected)
+        self._compiled = compiled
+        return compiled, trace.evaluate(call.batch, condition)
 
     def _probe(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """An image and the network's output, of the expected shape."""
@@ -259,7 +275,8 @@ class IncrementalSampler:
             raise TypeError(f"network must return a tensor, got {type(expected).__name__}")
         channels, *size = self.image_shape
         if tuple(expected.shape[2:]) != tuple(size) or expected.dim() != x.dim():
-            raise ValueError(f"network must return [batch, outputs, {size}] for {tuple(x.shape)}, got {expected.shape}")
+            wanted = ", ".join(["outputs", *map(str, size)])
+            raise ValueError(f"network must return [1, {wanted}] for x {tuple(x.shape)}, got {tuple(expected.shape)}")
         if self.output == Output.LOGISTIC_MIXTURE:
             mixtures_of(expected, channels, "image_shape")
             return x, expected
@@ -289,9 +306,9 @@ class IncrementalSampler:
 
     def _operands(self, compiled: _Compiled, env: Environment, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and constants as an executor takes them."""
-        work = self._work_dtype
-        weights = [recipe(env).to(work).contiguous() for recipe in compiled.weights]
-        constants = [recipe(env).to(work) for recipe in compiled.trace.lowering.constants]
+        device, work = self._device, self._work_dtype
+        weights = [recipe(env).to(device, work).contiguous() for recipe in compiled.weights]
+        constants = [recipe(env).to(device, work) for recipe in compiled.trace.lowering.constants]
         return weights, [t.expand(batch, *t.shape[1:]).contiguous() for t in constants]
 
     def _run_native(self, compiled: _Compiled, weights: list[Tensor], constants: list[Tensor], call: _Call) -> Tensor:

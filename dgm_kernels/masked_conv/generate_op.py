@@ -34,8 +34,3 @@ generate = ops.define(
     _TRITON,
     backends=("cpp",),
 )
-
-
-def registered() -> bool:
-    """Whether the extension brought the kernels."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("dgm::masked_conv_generate.cpp", "CPU")

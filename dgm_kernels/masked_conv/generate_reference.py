@@ -206,7 +206,8 @@ class Executor:
         _, height, width = self.program.image
         row_step, pixel_step = self.row_step, self.pixel_step
         if self.device.type == "cuda":
-            row_step, pixel_step = self._captured(row_step), self._captured(pixel_step)
+            with torch.cuda.device(self.device):
+                row_step, pixel_step = self._captured(row_step), self._captured(pixel_step)
             self._restart()
         for _ in range(height):
             row_step()

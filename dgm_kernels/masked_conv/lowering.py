@@ -136,8 +136,8 @@ class Lowering:
         if isinstance(value, View):
             return value
         if not isinstance(value, Constant):
-            number = float(value)
-            value = Constant(lambda env: torch.tensor(number), torch.tensor(number))
+            number = torch.tensor(float(value), dtype=torch.float64)
+            value = Constant(lambda env: number, number)
         shape = (1,) * (self.dimensions - value.value.dim()) + tuple(value.value.shape)
         spatial = self._spatial()
         fits = all(size in (1, full) for size, full in zip(shape[2:], spatial, strict=False))

@@ -13,7 +13,8 @@ from .taps import Kernel, Layout
 
 _TRITON = "dgm_kernels.masked_conv.triton"
 BACKENDS = ("cpp", "triton")
-READY: tuple[str, ...] = ()
+READY: tuple[str, ...] = ("cpp",)
+PIXEL_READY: tuple[str, ...] = ()
 _KERNEL = "int layout, bool strict, int groups, SymInt step_y, SymInt step_x"  # what taps.Kernel says of the masks
 
 
@@ -47,15 +48,17 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """To x: the convolution with the kernel turned over; to the weight: x against the gradient; to the bias: sums."""
     x, weight, bias = ctx.saved_tensors
     others = (None,) * len(ctx.settings)
-    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         return (*_differentiable_conv_backward(ctx, grad), *others)
-    grad = grad.contiguous()
+    return (*_conv_grads(ctx, grad.contiguous(), x, weight, bias), *others)
+
+
+def _conv_grads(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
     return (
         input_grad[ctx.backend](grad, weight, *ctx.settings) if to_x else None,
         weight_grad[ctx.backend](grad, x, *weight.shape[2:], *ctx.settings) if to_weight else None,
         grad.sum((0, 2, 3)) if to_bias and bias is not None else None,
-        *others,
     )
 
 
@@ -142,6 +145,78 @@ gate_backward = ops.define(
     _fake_gate_backward,
     _TRITON,
     backends=BACKENDS,
+)
+
+
+# ---- Masked convolution and its gated activation in one kernel. Saves x, the weight, the condition, and what the
+# activation is of if ``keep``; otherwise the backward pass computes it again.
+
+
+def _fake_gated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    before = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]) if args[-1] else (0,))
+    return x.new_empty((x.shape[0], weight.shape[0] // 2, *x.shape[2:])), before
+
+
+def _gated_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, layout, strict, groups, step_y, step_x, keep = inputs
+    ctx.save_for_backward(*tensors, output[1] if keep else None)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.settings = (layout, strict, groups, step_y, step_x)
+
+
+def _gated_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    """That of the gate, group after group, then that of the convolution."""
+    x, weight, bias, condition, before = ctx.saved_tensors
+    others = (None,) * (len(ctx.settings) + 1)
+    if grad is None:
+        return (None,) * 4 + others
+    if torch.is_grad_enabled():
+        return (*_differentiable_gated_backward(ctx, grad), *others)
+    if before is None:
+        before = conv[ctx.backend](x, weight, bias, *ctx.settings)
+    groups = ctx.settings[2]
+    parts = [t if t is None else _by_group(t, groups) for t in (grad, before, condition)]
+    to_before, sums = gate_backward[ctx.backend](*parts)
+    to_before = to_before.view(before.shape)
+    to_condition = None
+    if condition is not None:
+        to_condition = (sums if condition.dim() < x.dim() else to_before).view(condition.shape).to(condition.dtype)
+    return (*_conv_grads(ctx, to_before, x, weight, bias), to_condition, *others)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """Each group of channels as a sample of its own."""
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, *x.shape[2:]).contiguous()
+
+
+def _differentiable_gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, condition, _ = ctx.saved_tensors
+    kernel, groups = _kernel(weight, ctx.settings), ctx.settings[2]
+    given = {"x": x, "weight": weight, "bias": bias, "condition": condition}
+    present = {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def gated_conv(*tensors: Tensor) -> tuple[Tensor]:
+        named = dict(zip(present, tensors, strict=True))
+        y = reference.masked_conv(named["x"], named["weight"], named.get("bias"), kernel)
+        part = named.get("condition")
+        out = reference.gated_activation(_by_group(y, groups), part if part is None else _by_group(part, groups))
+        return (out.view(y.shape[0], y.shape[1] // 2, *y.shape[2:]),)
+
+    grads = dict(zip(present, ops.differentiable_vjp(gated_conv, tuple(present.values()), (grad,)), strict=True))
+    return tuple(grads.get(name) for name in given)
+
+
+gated = ops.define(
+    "masked_conv_gated",
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, {_KERNEL}, bool keep) -> (Tensor, Tensor)",
+    _fake_gated,
+    _TRITON,
+    _gated_context,
+    _gated_backward,
+    backends=("triton",),
 )
 
 

@@ -239,10 +239,10 @@ FUNCTIONS: dict[Any, Handler] = {
     gated_activation: _gated_activation,
     **dict.fromkeys((F.conv1d, F.conv2d), _conv),
     F.linear: _linear,
-    **dict.fromkeys((operator.add, operator.iadd, torch.add), _add),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _subtract),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _multiply),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), _divide),
+    **dict.fromkeys((operator.add, torch.add), _add),
+    **dict.fromkeys((operator.sub, torch.sub, torch.subtract), _subtract),
+    **dict.fromkeys((operator.mul, torch.mul, torch.multiply), _multiply),
+    **dict.fromkeys((operator.truediv, torch.div, torch.divide), _divide),
     **dict.fromkeys((operator.neg, torch.neg, torch.negative), _negative),
     **dict.fromkeys((F.relu, torch.relu), _relu),
     F.elu: _elu,
@@ -271,8 +271,6 @@ METHODS: dict[str, Handler] = {
     "split": _split,
     "narrow": _narrow,
 }
-
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def _parameter(module: nn.Module, name: str) -> Constant | None:

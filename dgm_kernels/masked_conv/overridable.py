@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -13,12 +14,14 @@ _Result = TypeVar("_Result")
 
 
 def overridable(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """The function; where its first argument has a ``__torch_function__`` of its own, as PyTorch's functions do."""
+    """The function, unless its first argument has a ``__torch_function__`` of its own, as with PyTorch's functions."""
+    name = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if args and has_torch_function_unary(args[0]):
-            return handle_torch_function(call, args[:1], *args, **kwargs)
+        first = args[0] if args else kwargs.get(name)
+        if has_torch_function_unary(first):
+            return handle_torch_function(call, (first,), *args, **kwargs)
         return function(*args, **kwargs)
 
     return call

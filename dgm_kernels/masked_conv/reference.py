@@ -13,6 +13,10 @@ MIN_LOG_SCALE = -7.0  # of a logistic
 
 def masked_conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
     """conv2d with the weights that count; what the others hold is not read, NaN too."""
+    if 0 in x.shape or 0 in weight.shape:  # PyTorch's convolution takes no empty ones
+        nothing = x.flatten()[:0].sum() + weight.flatten()[:0].sum()
+        y = nothing.expand(x.shape[0], weight.shape[0], *x.shape[2:])
+        return y.clone() if bias is None else y + bias[:, None, None]
     live = weight.where(kernel.mask(weight.shape[0], weight.shape[1], weight.device), 0.0)
     (above, left), (step_y, step_x) = kernel.centre, kernel.dilation
     below, right = kernel.height - 1 - above, kernel.width - 1 - left
@@ -78,7 +82,7 @@ def categorical_log_prob(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def categorical_sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The level whose part of (0, 1] ``uniform`` falls into: how many partial sums of the probabilities are below it."""
+    """The level whose part of (0, 1] ``uniform`` falls into: how many sums of the first probabilities are below it."""
     weights = torch.exp(logits - logits.amax(1, keepdim=True))
     sums = weights.cumsum(1)
     return (sums[:, :-1] < uniform[:, None] * sums[:, -1:]).sum(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .lowering import Constant, Environment, Lowering, Segment, Unsupported, View
-from .operations import FUNCTIONS, IN_PLACE, METHODS, call_module
+from .operations import FUNCTIONS, METHODS, call_module
 
 # What may be asked of a feature map without reading its values.
 _ATTRIBUTES = ("shape", "device", "dtype", "ndim", "requires_grad")
@@ -40,12 +40,12 @@ class _ConditionalCall(_Call):
 
 
 @contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module gets its own mode back."""
+def evaluating(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients and autocast; every module gets its own mode back."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         for module, mode in modes.items():
@@ -165,7 +165,8 @@ class Trace:
                 if node.target not in table:
                     raise Unsupported("an operation that is not known")
                 result = table[node.target](self.lowering, *args, **kwargs)
-                in_place = node.target in IN_PLACE or str(node.target).endswith("_") or kwargs.get("inplace", False)
+                written = node.op == "call_method" and str(node.target).endswith("_")
+                in_place = written or kwargs.get("inplace", False)
         except Unsupported as error:
             raise ValueError(f"network cannot be generated from pixel by pixel: {_describe(node)}: {error}") from error
         if in_place:

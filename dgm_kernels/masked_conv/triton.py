@@ -31,7 +31,7 @@ from .triton_pixel import (
 
 _PACK_ROWS = 16  # rows of packed weights a program
 _CHANNELS = 64  # of a tile that is brought to channels-last, which has as many pixels
-# Programs of one gradient of a weight. A number of its own, not the device's: sums are the same on every GPU.
+# Programs of one gradient of a weight: a wave of two for each multiprocessor of the largest GPUs.
 _PROGRAMS = 256
 _LARGEST_PLANE = 1 << 30  # places in one plane are 32-bit numbers; those in a tensor are not
 
@@ -47,6 +47,11 @@ def _plane(x: Tensor, first: int = 2) -> int:
     if plane > _LARGEST_PLANE:
         raise ValueError(f"a sample must have at most {_LARGEST_PLANE} pixels, got {tuple(x.shape[first:])}")
     return plane
+
+
+def _aligned(vector: int, itemsize: int) -> bool:
+    """Whether a plane's pixels are read 16 bytes at a time; else it pays to bring them to channels-last first."""
+    return vector * itemsize >= 16
 
 
 def _vector(plane: int) -> int:
@@ -100,12 +105,15 @@ class _Tile(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _conv_tile(rows: int, inner: int, pixels: int, gated: bool, itemsize: int, tf32: bool) -> _Tile:
-    """On tensor cores a step is 128 bytes of channels; in float32 the products are ordinary instructions."""
+def _conv_tile(rows: int, inner: int, pixels: int, gated: bool, vector: int, itemsize: int, tf32: bool) -> _Tile:
+    """On tensor cores a step is 128 bytes of channels; in float32 the products are ordinary instructions.
+
+    The large tile reads less, and is for calls of at least 512 programs with it, two waves of the largest GPUs.
+    """
     if itemsize == 4 and not tf32:
-        return _Tile(_power_of_2(rows, 16, 32 if gated else 64), 64, 16, 3)
+        return _Tile(_power_of_2(rows, 16, 32 if gated else 64), 64, _power_of_2(inner, 16, 32), 3)
     size = _power_of_2(rows, 16, 64 if gated else 128)
-    large = not gated and -(-pixels // 128) * -(-rows // size) >= 512
+    large = not gated and vector > 1 and -(-pixels // 128) * -(-rows // size) >= 512
     return _Tile(size, 128 if large else 64, _power_of_2(inner, 16, 128 // itemsize), 3)
 
 
@@ -151,15 +159,15 @@ def _convolve(
     kernel, groups = _kernel(settings, *weight.shape[2:]), settings[2]
     taps, plane = _live(kernel, height, width), _plane(x)
     pixels, rows, inner = x.shape[0] * plane, out.shape[1], x.shape[1]
-    tf32 = _is_tf32(x)
-    tile = _conv_tile(rows, inner, pixels, gated, x.element_size(), tf32)
+    tf32, vector = _is_tf32(x), _vector(plane)
+    tile = _conv_tile(rows, inner, pixels, gated, vector, x.element_size(), tf32)
     packed = _pack(weight, taps, groups, tile, turned, gated, tf32)
-    direct = taps.at_centre
+    direct = taps.at_centre and _aligned(vector, x.element_size())
     if not direct and packed.numel():
         x = _channels_last(x, packed.shape[3], tf32)
     per_pixel = condition is not None and condition.dim() > 2
     numbers = (pixels, plane, width, rows, inner, groups, packed.shape[2], taps.count, *taps.numbers)
-    constants = (kernel.width, int(taps.rule), turned, gated, per_pixel, direct, tf32, _vector(plane))
+    constants = (kernel.width, int(taps.rule), turned, gated, per_pixel, direct, tf32, vector)
     grid = _programs(-(-pixels // tile.pixels) * -(-rows // tile.rows))
     tensors = (out, pre, x, packed, bias, condition)
     launch(conv_kernel, grid, tensors, numbers, (*constants, tile.stages, *tile[:3]))
@@ -184,6 +192,8 @@ def masked_conv_gated(
 ) -> tuple[Tensor, Tensor]:
     """``dgm::masked_conv_gated.triton``: the gated activation of a convolution, and with ``keep`` what it is of."""
     *settings, keep = args
+    if weight.shape[0] // 2 % settings[2]:
+        raise ValueError(f"groups must divide the {weight.shape[0] // 2} channels of the result, got {settings[2]}")
     shape = (x.shape[0], weight.shape[0], *x.shape[2:])
     out = x.new_empty((shape[0], shape[1] // 2, *shape[2:]))
     pre = x.new_empty(shape if keep else (0,))
@@ -196,8 +206,8 @@ def masked_conv_gated(
 def _grad_tile(outputs: int, inputs: int, itemsize: int, tf32: bool) -> tuple[int, int, int, int]:
     """OUT, IN, PIXELS and the steps that are loaded ahead, of a gradient of the weight."""
     if itemsize == 4 and not tf32:
-        return _power_of_2(outputs, 16, 64), _power_of_2(inputs, 16, 64), 16, 3
-    return _power_of_2(outputs, 16, 128), _power_of_2(inputs, 16, 128), 128 // itemsize, 3
+        return _power_of_2(outputs, 16, 64), _power_of_2(inputs, 16, 64), 32, 3
+    return _power_of_2(outputs, 16, 128), _power_of_2(inputs, 16, 128), 64 // itemsize, 4
 
 
 def masked_conv_weight_grad(grad: Tensor, x: Tensor, height: int, width: int, *settings: Any) -> Tensor:
@@ -205,22 +215,25 @@ def masked_conv_weight_grad(grad: Tensor, x: Tensor, height: int, width: int, *s
     outputs, inputs = grad.shape[1], x.shape[1]
     out = grad.new_empty((outputs, inputs, height, width))
     taps = _live(_kernel(settings, height, width), *x.shape[2:])
-    plane = _plane(x)
+    plane, columns = _plane(x), x.shape[3]
     pixels = x.shape[0] * plane
     if 0 in (out.numel(), taps.count, pixels):
         return out.zero_()
-    tf32 = _is_tf32(x)
+    tf32, vector = _is_tf32(x), _vector(plane)
     out_tile, in_tile, step, stages = _grad_tile(outputs, inputs, x.element_size(), tf32)
-    in_blocks = -(-inputs // in_tile)
-    tiles, steps = taps.count * in_blocks * -(-outputs // out_tile), -(-pixels // step)
+    out_blocks, in_blocks = -(-outputs // out_tile), -(-inputs // in_tile)
+    tiles, steps = taps.count * in_blocks * out_blocks, -(-pixels // step)
     each = -(-steps // max(1, _PROGRAMS // tiles))
     splits = -(-steps // each)
-    last = _channels_last(x.contiguous(), in_blocks * in_tile, tf32)
+    grad, x = grad.contiguous(), _channels_last(x.contiguous(), in_blocks * in_tile, tf32)
+    last = not _aligned(vector, grad.element_size())
+    if last:
+        grad = _channels_last(grad, out_blocks * out_tile, tf32)
     partial = torch.empty((splits, taps.count, outputs, inputs), dtype=torch.float32, device=x.device)
     groups, rule = settings[2], int(taps.rule)
-    numbers = (pixels, plane, x.shape[3], outputs, inputs, groups, in_blocks * in_tile, taps.count, *taps.numbers, each)
-    constants = (width, rule, tf32, _vector(plane), stages, out_tile, in_tile, step)
-    launch(weight_grad_kernel, _programs(splits * tiles), (partial, grad.contiguous(), last), numbers, constants)
+    numbers = (pixels, plane, columns, outputs, inputs, groups, in_blocks * in_tile, taps.count, *taps.numbers, each)
+    constants = (width, rule, last, tf32, vector, stages, out_tile, in_tile, step)
+    launch(weight_grad_kernel, _programs(splits * tiles), (partial, grad, x), numbers, constants)
     in_row = triton.next_power_of_2(height * width)
     pairs = max(1, TILE // in_row)
     numbers = (outputs, inputs, groups, taps.count, height * width, splits)
@@ -354,6 +367,7 @@ def _conv_specs(name: str, dtype: str, tf32: bool) -> Iterator[Spec]:
         "_grouped": {"RULE": int(Rule.LESS_EQUAL)},
         "_turned": {"TURNED": True, "RULE": int(Rule.LESS_EQUAL)},
         "_1x1": {"DIRECT": True, "WIDTH": 1},
+        "_14x14": {"VECTOR": 4},
         "_odd": {"VECTOR": 1},
         "_gated": {"GATED": True},
         "_gated_kept": {"GATED": True},
@@ -366,7 +380,8 @@ def _conv_specs(name: str, dtype: str, tf32: bool) -> Iterator[Spec]:
         more |= {"condition": dtype} if "GATED" in constants else {}
         for size, batch in (("", 32), ("_large", 512)):
             gated = "GATED" in constants
-            tile = _conv_tile(64 if gated else 128, 128, batch * 784, gated, itemsize, tf32)
+            vector = constants.get("VECTOR", 8)
+            tile = _conv_tile(64 if gated else 128, 128, batch * 784, gated, vector, itemsize, tf32)
             if size and tile.pixels == 64:
                 continue
             sizes = {"STAGES": tile.stages, "ROWS": tile.rows, "PIXELS": tile.pixels, "INNER": tile.inner}
@@ -374,8 +389,8 @@ def _conv_specs(name: str, dtype: str, tf32: bool) -> Iterator[Spec]:
     out_tile, in_tile, step, stages = _grad_tile(128, 128, itemsize, tf32)
     sizes = {"STAGES": stages, "OUT": out_tile, "IN": in_tile, "PIXELS": step}
     both = {"partial": "*fp32", "grad": dtype, "x": dtype}
-    for form in ("", "_odd"):
-        constants = plain | sizes | {"RULE": int(Rule.LESS_EQUAL), "VECTOR": 1 if form else 8}
+    for form, vector in (("", 8), ("_odd", 1)):
+        constants = plain | sizes | {"RULE": int(Rule.LESS_EQUAL), "LAST": vector == 1, "VECTOR": vector}
         yield spec(f"weight_grad{form}_{name}", weight_grad_kernel, both, **constants)
     masks = {"RULE": int(Rule.LESS_EQUAL), "TF32": tf32, "TURNED": False, "GATED": True, "ROWS": _PACK_ROWS}
     yield spec(f"pack_{name}", pack_kernel, {"packed": dtype, "weight": dtype}, **masks | {"INNER": 128 // itemsize})

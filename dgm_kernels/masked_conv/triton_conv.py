@@ -244,10 +244,13 @@ def weight_grad_kernel(
     partial_ptr, grad_ptr, x_ptr, pixels: tl.int64, plane: tl.int32, width: tl.int32,
     outputs: tl.int32, inputs: tl.int32, groups: tl.int32, padded: tl.int32, taps: tl.int32,
     step_y: tl.int32, step_x: tl.int32, centre_y: tl.int32, centre_x: tl.int32, steps: tl.int32,
-    WIDTH: tl.constexpr, RULE: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
-    OUT: tl.constexpr, IN: tl.constexpr, PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr, RULE: tl.constexpr, LAST: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """``[splits, taps, outputs, inputs]``: one tile of one tap, summed over one split's ``steps`` tiles of pixels."""
+    """``[splits, taps, outputs, inputs]``: one tile of one tap, summed over one split's ``steps`` tiles of pixels.
+
+    ``x`` is channels-last; so is ``grad`` if LAST, otherwise it is NCHW.
+    """
     plane = multiple_of(plane, VECTOR)
     in_blocks = padded // IN
     out_blocks = tl.cdiv(outputs, OUT)
@@ -267,6 +270,8 @@ def weight_grad_kernel(
     o += tl.arange(0, OUT)[None, :]
     stride = outputs.to(tl.int64) * plane
     at = tl.arange(0, PIXELS)[None, :] * (in_blocks * IN) + i + tl.arange(0, IN)[:, None]
+    if LAST:
+        g_at = tl.arange(0, PIXELS)[:, None] * (out_blocks * OUT) + o
     size = tl.full((), PIXELS, tl.int64)
     total = tl.zeros((IN, OUT), tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
@@ -276,10 +281,13 @@ def weight_grad_kernel(
         seen = _visible(tl.where(exists, y, -(1 << 30)), place - y * width, dy, dx, height, width)
         pixel_ptr = x_ptr + (first + dy.to(tl.int64) * width + dx) * (in_blocks * IN)
         values = tl.load(pixel_ptr + at, seen[None, :], other=0.0)
-        g_at = _offsets(after, place, stride, VECTOR)[:, None] + o.to(tl.int64) * plane
-        g = tl.load(grad_ptr + sample * stride + g_at, exists[:, None] & (o < outputs), other=0.0)
-        if TF32:
-            g = _nearest_tf32(g)
+        if LAST:
+            g = tl.load(grad_ptr + first * (out_blocks * OUT) + g_at, exists[:, None], other=0.0)
+        else:
+            g_at = _offsets(after, place, stride, VECTOR)[:, None] + o.to(tl.int64) * plane
+            g = tl.load(grad_ptr + sample * stride + g_at, exists[:, None] & (o < outputs), other=0.0)
+            if TF32:
+                g = _nearest_tf32(g)
         total = tl.dot(values, g, total, input_precision="tf32" if TF32 else "ieee")
     i += tl.arange(0, IN)[:, None]
     to = partial_ptr + part.to(tl.int64) * outputs * inputs

@@ -37,6 +37,7 @@ class Autoregressive(GenerativeModel):
         num_classes: classes to condition on; None for none.
     """
 
+    levels: int
     exact_likelihood = True
 
     def __init__(
@@ -103,26 +104,35 @@ class Autoregressive(GenerativeModel):
                 steer it.
             mask: 1 (or True) where ``known`` is kept, 0 where the model draws.
         """
-        given = self._given(known, mask, n)
-        return self._draw(self.network, NoiseKey(seed, first_sample), self._labels(cond, n), n, given)
+        given, kept = self._given(known, mask, n)
+        return self._draw(self.network, n, NoiseKey(seed, first_sample), self._labels(cond, n), given, kept)
 
     def _draw(
-        self, network: nn.Module, key: NoiseKey, labels: Tensor | None, n: int, given: dict[str, Tensor]
+        self,
+        network: nn.Module,
+        n: int,
+        key: NoiseKey,
+        labels: Tensor | None,
+        given: Tensor | None,
+        kept: Tensor | None,
     ) -> Tensor:
-        """n samples of one network."""
-        scale = 2 / (self.levels - 1)
+        """n samples of one network; ``given`` and ``kept`` as :meth:`_given` returns them."""
         sampler = dgm_kernels.incremental_sampler(
-            network, self.network_shape, output=self.output, levels=self.levels, scale=scale, offset=-1.0
+            network,
+            self.network_shape,
+            output=self.output,
+            levels=self.levels,
+            scale=2 / (self.levels - 1),
+            offset=-1.0,
         )
-        level = sampler(n, key=key, condition=labels, **given)
-        return self._from_network(level.to(self.dtype) * scale - 1)
+        return self._from_network(self._value(sampler(n, key=key, condition=labels, given=given, known=kept)))
 
-    def _given(self, known: Tensor | None, mask: Tensor | None, n: int) -> dict[str, Tensor]:
-        """What is known of n samples as the sampler takes it: levels and a mask, in the network's shape."""
+    def _given(self, known: Tensor | None, mask: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """What is known of n samples as the sampler takes it: levels and where they count, in the network's shape."""
         if (known is None) != (mask is None):
             raise ValueError("known and mask must be given together")
         if known is None or mask is None:
-            return {}
+            return None, None
         for name, value in (("known", known), ("mask", mask)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -133,9 +143,11 @@ class Autoregressive(GenerativeModel):
                     f"{name} must broadcast to shape {(n, *self.sample_shape)}, got {tuple(value.shape)}"
                 ) from None
         kept = mask.bool().expand(n, *self.sample_shape)
-        known = torch.where(kept, known, -1.0).to(self.dtype)  # what is not known need not be on a level, nor a number
-        self._check_data(known)
-        return {"given": self._to_network(self._level(known)), "known": self._to_network(kept)}
+        level = self._level(torch.where(kept, known, -1.0))  # what is not known need not be on a level, nor a number
+        exact = (self._value(level) - known).abs() * (self.levels - 1) < 0.02
+        if not bool((exact & (level >= 0) & (level < self.levels) | ~kept).all()):
+            raise ValueError(f"known must lie on {self.levels} equally spaced levels in [-1, 1] where mask is 1")
+        return self._to_network(level), self._to_network(kept)
 
     def _to_network(self, x: Tensor) -> Tensor:
         """Samples in the shape that the network takes."""
@@ -147,8 +159,11 @@ class Autoregressive(GenerativeModel):
 
     def _level(self, x: Tensor) -> Tensor:
         """Grey levels 0 .. levels - 1, int64."""
-        assert self.levels is not None
         return ((x + 1) / 2 * (self.levels - 1)).round().to(torch.int64)
+
+    def _value(self, level: Tensor) -> Tensor:
+        """The x of grey levels."""
+        return level.to(self.dtype) * (2 / (self.levels - 1)) - 1
 
     def _labels(self, cond: Tensor | None, n: int) -> Tensor | None:
         """The classes of n samples, checked."""

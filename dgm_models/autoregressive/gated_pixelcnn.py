@@ -122,7 +122,9 @@ class GatedPixelCNNNetwork(nn.Module):
         first, later = kernel_sizes
         self.vertical = VerticalConv2d(channels, width, first, mask_type="A")
         self.horizontal = HorizontalConv2d(channels, width, first // 2 + 1, mask_type="A", channel_groups=groups)
-        self.blocks = nn.ModuleList(block(width, later, groups, dropout, num_classes) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            block(width, later, groups, dropout, num_classes, last=place == depth - 1) for place in range(depth)
+        )
         self.last = nn.ModuleList(
             MaskedConv2d(width, size, 1, mask_type="B", channel_groups=groups) for size in (width, outputs)
         )
@@ -141,18 +143,22 @@ class GatedPixelCNNNetwork(nn.Module):
 class GatedBlock(nn.Module):
     """One layer of both stacks, each ``tanh(a) * sigmoid(b)`` of a masked convolution.
 
-    The vertical stack's convolution enters the horizontal one's gate; the horizontal stack is residual.
+    The vertical stack's convolution enters the horizontal one's gate; the horizontal stack is residual. The last block
+    has but a skip connection: nothing reads its stacks.
     """
 
-    def __init__(self, width: int, kernel_size: int, groups: int, dropout: float, num_classes: int | None) -> None:
+    def __init__(
+        self, width: int, kernel_size: int, groups: int, dropout: float, num_classes: int | None, *, last: bool
+    ) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.is_last = groups, last
         self.vertical = VerticalConv2d(width, 2 * width, kernel_size)
         self.horizontal = HorizontalConv2d(width, 2 * width, kernel_size // 2 + 1, channel_groups=groups)
         self.link = nn.Conv2d(2 * width, 2 * width, 1)
-        self.residual = MaskedConv2d(width, width, 1, mask_type="B", channel_groups=groups)
         self.skip = MaskedConv2d(width, width, 1, mask_type="B", channel_groups=groups)
-        self.vertical_class_bias = class_bias(num_classes, 2 * width)
+        if not last:
+            self.residual = MaskedConv2d(width, width, 1, mask_type="B", channel_groups=groups)
+            self.vertical_class_bias = class_bias(num_classes, 2 * width)
         self.horizontal_class_bias = class_bias(num_classes, 2 * width)
         self.dropout = nn.Dropout2d(dropout)
 
@@ -162,16 +168,20 @@ class GatedBlock(nn.Module):
         """The two stacks and what the output layers add up, all ``[batch, width, height, width of the picture]``."""
         above = self.vertical(vertical)
         both = self.horizontal(horizontal) + self.link(above)
-        vertical = gated_activation(above, _bias(self.vertical_class_bias, classes))
         hidden = gated_activation(both, _bias(self.horizontal_class_bias, classes), channel_groups=self.groups)
         hidden = self.dropout(hidden)
+        if self.is_last:
+            return vertical, horizontal, self.skip(hidden)
+        vertical = self.dropout(gated_activation(above, _bias(self.vertical_class_bias, classes)))
         return vertical, horizontal + self.residual(hidden), self.skip(hidden)
 
 
 class ConcatEluBlock(nn.Module):
     """One residual layer of both streams of PixelCNN++: ``x + a * sigmoid(b)``, with elu of x and of -x."""
 
-    def __init__(self, width: int, kernel_size: int, groups: int, dropout: float, num_classes: int | None) -> None:
+    def __init__(
+        self, width: int, kernel_size: int, groups: int, dropout: float, num_classes: int | None, *, last: bool
+    ) -> None:
         super().__init__()
         columns = kernel_size // 2 + 1
         self.vertical = nn.ModuleList(

@@ -104,7 +104,7 @@ class MADE(Autoregressive):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Samples number by number, each by a network drawn for it; arguments as in :class:`.Autoregressive`."""
-        given, labels, networks = self._given(known, mask, n), self._labels(cond, n), self._networks()
+        (given, kept), labels, networks = self._given(known, mask, n), self._labels(cond, n), self._networks()
         key = NoiseKey(seed, first_sample)
         like = torch.empty(n, 1, device=self.device)
         u = noise_like(like, dataclasses.replace(key, stream=Stream.INITIAL_STATE), distribution="uniform")
@@ -112,10 +112,9 @@ class MADE(Autoregressive):
         samples = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
         for place in chosen.unique().tolist():
             rows = (chosen == place).nonzero()[:, 0]
-            own = {name: value[rows] for name, value in given.items()}
             own_key = dataclasses.replace(key, first_sample=0, samples=first_sample + rows)
-            own_labels = None if labels is None else labels[rows]
-            samples[rows] = self._draw(networks[place], own_key, own_labels, len(rows), own)
+            own = [None if value is None else value[rows] for value in (labels, given, kept)]
+            samples[rows] = self._draw(networks[place], len(rows), own_key, *own)
         return samples
 
 
@@ -147,12 +146,12 @@ class MaskedMLP(nn.Module):
         layers = [MaskedLinear(before, after) for before, after in itertools.pairwise(degrees)]
         last = MaskedLinear(degrees[-1], order.repeat_interleave(outputs), strict=True)
         nn.init.normal_(last.weight, std=0.01)
-        self.layers = nn.ModuleList([*layers, last])
-        self.class_biases = nn.ModuleList(
-            class_bias(num_classes, layer.out_features) for layer in self.layers if num_classes is not None
-        )
-        for layer in self.layers:
+        layers.append(last)
+        biases = [class_bias(num_classes, layer.out_features) for layer in layers]
+        for layer in layers:
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
+        self.class_biases = nn.ModuleList(bias for bias in biases if bias is not None)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:

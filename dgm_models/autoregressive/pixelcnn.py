@@ -133,6 +133,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """Like x."""
         condition = None if self.class_bias is None else self.class_bias(classes)
-        hidden = F.relu(self.narrow(F.relu(x)))
+        hidden = self.dropout(F.relu(self.narrow(self.dropout(F.relu(x)))))
         hidden = self.dropout(F.relu(self.inner(hidden, condition)))
         return x + self.widen(hidden)

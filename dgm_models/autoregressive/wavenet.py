@@ -101,7 +101,8 @@ class WaveNetNetwork(nn.Module):
         super().__init__()
         self.first = CausalConv1d(1, width, kernel_size + 1, mask_type="A")  # the tap that it hides is not one to count
         self.layers = nn.ModuleList(
-            DilatedLayer(width, kernel_size, dilation, dropout, num_classes) for dilation in dilations
+            DilatedLayer(width, kernel_size, dilation, dropout, num_classes, last=place == len(dilations) - 1)
+            for place, dilation in enumerate(dilations)
         )
         self.last = nn.ModuleList(nn.Conv1d(width, size, 1) for size in (width, outputs))
 
@@ -116,12 +117,14 @@ class WaveNetNetwork(nn.Module):
 
 
 class DilatedLayer(nn.Module):
-    """A gated dilated convolution, residual, with a skip connection to the output layers."""
+    """A gated dilated convolution, residual unless it is the last, with a skip connection to the output layers."""
 
-    def __init__(self, width: int, kernel_size: int, dilation: int, dropout: float, num_classes: int | None) -> None:
+    def __init__(
+        self, width: int, kernel_size: int, dilation: int, dropout: float, num_classes: int | None, *, last: bool
+    ) -> None:
         super().__init__()
         self.dilated = CausalConv1d(width, 2 * width, kernel_size, dilation=dilation, gated=True)
-        self.residual = nn.Conv1d(width, width, 1)
+        self.residual = None if last else nn.Conv1d(width, width, 1)
         self.skip = nn.Conv1d(width, width, 1)
         self.class_bias = class_bias(num_classes, 2 * width)
         self.dropout = nn.Dropout1d(dropout)
@@ -130,4 +133,4 @@ class DilatedLayer(nn.Module):
         """The next layer's input and what the output layers add up, both like x."""
         condition = None if self.class_bias is None else self.class_bias(classes)
         hidden = self.dropout(self.dilated(x, condition))
-        return x + self.residual(hidden), self.skip(hidden)
+        return x if self.residual is None else x + self.residual(hidden), self.skip(hidden)
