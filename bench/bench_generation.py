@@ -28,7 +28,7 @@ from dgm_kernels._core.noise import uniform_noise
 KEY = NoiseKey(1234)
 IMAGE, DEPTH = (1, 28, 28), 7
 SOUND, SOUND_WIDTH, SOUND_DEPTH = (1, 16000), 64, 20
-SMALL_IMAGE, SMALL_SOUND = (1, 7, 7), (1, 48)
+SMALL_IMAGE, SMALL_SOUND = (1, 6, 6), (1, 48)
 CHECKED = 4  # samples of a batch that are checked
 NOT_COMPILED = "compiling takes longer than the case; of the smallest images it is measured"
 ROUNDING = 1e-5  # a uniform number that is closer than this to the edge of a level may draw either

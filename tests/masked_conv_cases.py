@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,19 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dgm_kernels
 from dgm_kernels import causal_conv1d, horizontal_conv2d, masked_conv2d, vertical_conv2d
 from dgm_kernels.masked_conv import op
 from tests.cases import NATIVE as BUILT
 
 NATIVE = [name for name in BUILT if name in op.READY]
 BACKENDS = ["reference", *NATIVE]
-
-
-def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Forces a backend for convolutions; one that has no gate yet is chosen by itself, and the gate by another."""
-    return dgm_kernels.use_backend(name if name == "reference" or name in op.PIXEL_READY else "auto")
-
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "raster": masked_conv2d,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dgm_kernels
 from dgm_kernels import NoiseKey
 from dgm_models import create_model, from_pretrained, list_models
 from dgm_models.__main__ import main
@@ -21,7 +20,7 @@ from dgm_models.data import digits
 from dgm_models.train import Settings, Trainer
 
 FAMILIES = ("fvsbn", "gated_pixelcnn", "made", "pixelcnn", "wavenet")
-CONVOLUTION = {"width": 6, "depth": 2, "first_kernel_size": 3}
+CONVOLUTION = {"width": 6, "depth": 2, "first_kernel_size": 3, "kernel_size": 3, "networks": 1}
 # name: (family, options, shape and levels small enough to visit every sample)
 SMALL = {
     "fvsbn": ("fvsbn", {}, (1, 3, 3), 2),
@@ -30,6 +29,7 @@ SMALL = {
     "made_levels": ("made", {"hidden": (12,), "networks": 2}, (1, 2, 3), 3),
     "made_natural": ("made", {"hidden": (12,), "order": "natural"}, (3, 1, 2), 3),
     "pixelcnn": ("pixelcnn", CONVOLUTION, (1, 3, 3), 2),
+    "pixelcnn_networks": ("pixelcnn", {**CONVOLUTION, "networks": 3}, (1, 2, 3), 2),
     "pixelcnn_colour": ("pixelcnn", CONVOLUTION, (3, 1, 2), 3),
     "gated_pixelcnn": ("gated_pixelcnn", CONVOLUTION, (1, 3, 3), 2),
     "gated_pixelcnn_bernoulli_colour": ("gated_pixelcnn", CONVOLUTION, (3, 3, 1), 2),
@@ -156,7 +156,7 @@ def test_a_short_training_beats_independent_pixels(family: str) -> None:
     data = digits(2)
     torch.manual_seed(0)
     options = {"made": {"networks": 2}, "fvsbn": {}, "wavenet": {"width": 16, "depth": 6}}
-    options = options.get(family, {"width": 16, "depth": 3})
+    options = options.get(family, {"width": 16, "networks": 1})
     model = create_model(family, **options, **({} if family == "fvsbn" else {"levels": 2}))
     settings = {**model.default_settings, "steps": 150, "warmup": 20, "lr": 1e-2, "ema": 0.9}
     trainer = Trainer(model, data, Settings(**settings))
@@ -169,21 +169,24 @@ def test_a_short_training_beats_independent_pixels(family: str) -> None:
 # Samples
 
 
-def naive(model: Autoregressive, n: int, key: NoiseKey) -> Tensor:
-    """A full pass over the network for every number of a sample."""
-    scale = 2 / (model.levels - 1)
-    options = {"output": model.output, "levels": model.levels, "scale": scale, "offset": -1.0}
-    sampler = dgm_kernels.incremental_sampler(model.network, model.network_shape, **options)
-    return model._from_network(sampler.naive(n, key=key).double() * scale - 1)
+def naive(model: Autoregressive, n: int, key: NoiseKey, network: int = 0) -> Tensor:
+    """A full pass over a network for every number of a sample."""
+    level = model.sampler(network).naive(n, key=key)
+    return model._from_network(level.double() * (2 / (model.levels - 1)) - 1)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if SMALL[name][0] != "made"])
-def test_A1_A4_A5_A6_A10_cached_samples_are_the_naive_ones(name: str) -> None:
-    """The mixtures of MADE are in test_autoregressive_families.py."""
+@pytest.mark.parametrize("name", SMALL)
+def test_A1_A2_A4_A5_A6_A10_cached_samples_are_the_naive_ones(name: str) -> None:
+    """Each is drawn by one of the networks, by all of them in turn."""
     model = small(name)
-    expected = naive(model, 30, NoiseKey(5, first_sample=7))
-    assert torch.equal(model.sample(30, seed=5, first_sample=7), expected)
-    assert expected.flatten(1).unique(dim=0).shape[0] > 10
+    drawn = model.sample(30, seed=5, first_sample=7)
+    assert drawn.flatten(1).unique(dim=0).shape[0] > 10
+    networks = range(len(model.networks))
+    same = torch.stack([(naive(model, 30, NoiseKey(5, 7), place) == drawn).flatten(1).all(1) for place in networks])
+    assert same.any(0).all()
+    assert same.any(1).all()
+    if len(networks) > 1:
+        assert not same.all(1).any()
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -258,7 +261,7 @@ def run(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cli(family: str, tmp_path: pathlib.Path) -> None:
     assert family in list_models()
-    tiny = {"fvsbn": {}, "made": {"hidden": (16,), "networks": 2}}.get(family, {"width": 4, "depth": 1})
+    tiny = {"fvsbn": {}, "made": {"hidden": (16,), "networks": 2}}.get(family, {"width": 4, "depth": 1, "networks": 1})
     options = [text for name, value in tiny.items() for text in ("--set", f"{name}={value}")]
     if family != "fvsbn":
         options += ["--set", "num_classes=10"]
@@ -305,6 +308,7 @@ def test_cli(family: str, tmp_path: pathlib.Path) -> None:
         ),
         ("gated_pixelcnn", {"levels": 1}, "levels must be at least 2, got 1"),
         ("gated_pixelcnn", {"depth": 0}, "depth must be a positive int, got 0"),
+        ("gated_pixelcnn", {"networks": 0}, "networks must be a positive int, got 0"),
         ("gated_pixelcnn", {"num_classes": 0}, "num_classes must be a positive int, got 0"),
         ("made", {"order": "spiral"}, "order must be one of random, natural, got 'spiral'"),
         ("made", {"order": "natural", "networks": 2}, "networks must be 1 with order 'natural', got 2"),

@@ -176,6 +176,7 @@ OPERATIONS: dict[str, Callable[[Tensor, nn.ModuleDict], Tensor]] = {
     "parts_of_sums": lambda h, layers: torch.cat([h[:, :2], h[:, 2:] * 2.0], 1) + torch.cat([h[:, 3:], h[:, :3]], 1),
     "gate": lambda h, layers: dgm_kernels.gated_activation(torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)),
     "in_place": _in_place,
+    "products": lambda h, layers: h.tanh() * h * h.sigmoid() * (2.0 * F.relu(h)) * -layers["conv"](h),
     "scaled_layer": lambda h, layers: h - 0.5 * layers["masked"](h) + layers["conv"](h) / 4,
     "shared_layer": lambda h, layers: layers["masked"](F.relu(layers["masked"](h))) + layers["masked"](h),
     "unused": lambda h, layers: (layers["masked"](h), layers["conv"](h))[1],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgm_kernels import causal_conv1d
+from dgm_kernels import causal_conv1d, use_backend
 from dgm_kernels.masked_conv.taps import Kernel, Layout, Rule
 from tests.cases import DTYPES
 from tests.contract import assert_parity
@@ -23,7 +23,6 @@ from tests.masked_conv_cases import (
     group_of,
     live_weights,
     sees,
-    use_backend,
 )
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -59,12 +58,12 @@ def test_the_eager_yardstick_is_the_definition(case):
 
 
 def test_the_published_masks():
-    """Of 3x3 and 5x5 as in the paper's Figure 2; red, green and blue at the centre."""
+    """Written out: 3x3, the number of live taps of 5x5, and red, green and blue at the centre."""
     above = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
     assert torch.equal(live_weights("raster", "A", 1, (1, 1, 3, 3))[0, 0], above)
     above[1, 1] = True
     assert torch.equal(live_weights("raster", "B", 1, (1, 1, 3, 3))[0, 0], above)
-    counts = [int(live_weights("raster", kind, 1, (1, 1, 5, 5)).sum()) for kind in "AB"]
+    counts = [int(live_weights("raster", mask_type, 1, (1, 1, 5, 5)).sum()) for mask_type in "AB"]
     assert counts == [12, 13]
     lower = torch.ones(3, 3).bool().tril()
     assert torch.equal(live_weights("raster", "B", 3, (3, 3, 3, 3))[:, :, 1, 1], lower)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm_kernels import masked_conv2d
+from dgm_kernels import masked_conv2d, use_backend
 from dgm_kernels.masked_conv import op
 from dgm_kernels.masked_conv.taps import Layout
 from tests.contract import (
@@ -23,7 +23,7 @@ from tests.contract import (
     assert_vmap,
     strided_variants,
 )
-from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase, use_backend
+from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
 
 ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -280,7 +280,7 @@ def test_meta_tensors_give_shapes():
 ISA_SCRIPT = """
 import sys, torch
 from dgm_kernels import backends
-from tests.masked_conv_cases import CASES, SIZES, use_backend
+from tests.masked_conv_cases import CASES, SIZES
 torch.manual_seed(0)
 outputs = []
 for case in CASES[::2]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from dgm_kernels import use_backend
 from tests.cases import DTYPES
 from tests.contract import assert_parity
-from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase, use_backend
+from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

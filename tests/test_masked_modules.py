@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgm_kernels import causal_conv1d, horizontal_conv2d, masked_conv2d, masked_linear, vertical_conv2d
+from dgm_kernels import causal_conv1d, horizontal_conv2d, masked_conv2d, masked_linear, use_backend, vertical_conv2d
 from dgm_kernels.nn import CausalConv1d, HorizontalConv2d, MaskedConv2d, MaskedLinear, VerticalConv2d
 from tests.contract import assert_autocast_like, assert_compiles
-from tests.masked_conv_cases import BACKENDS, ConvCase, eager_gate, live_weights, use_backend
+from tests.masked_conv_cases import BACKENDS, ConvCase, eager_gate, live_weights
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

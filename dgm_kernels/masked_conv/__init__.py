@@ -326,8 +326,8 @@ def discretized_logistic_mixture(x: Tensor, parameters: Tensor, *, levels: int =
     Args:
         x: ``[batch, channels, ...]`` with 1 or 3 channels, levels ``2 i / (levels - 1) - 1`` in [-1, 1].
         parameters: ``[batch, 10 K, ...]`` of three channels, ``[batch, 3 K, ...]`` of one: K logits of pi, then for
-            each channel K means, K log-scales and, of three channels, K coefficients (of red for green; of red for blue; of
-            green for blue).
+            each channel K means, K log-scales and, of three channels, K coefficients (of red for green; of red for
+            blue; of green for blue).
         levels: of a channel.
 
     Returns:

@@ -254,9 +254,9 @@ def _gate_grid(x: Tensor) -> tuple[Grid, int]:
 def masked_conv_gate(x: Tensor, condition: Tensor | None) -> Tensor:
     """``dgm::masked_conv_gate.triton``; see :func:`dgm_kernels.gated_activation`."""
     channels = x.shape[1] // 2
+    grid, plane = _gate_grid(x)
     out = x.new_empty((x.shape[0], channels, *x.shape[2:]))
     if out.numel():
-        grid, plane = _gate_grid(x)
         constants = (condition is not None and condition.dim() == x.dim() > 2, _vector(plane))
         condition = None if condition is None else condition.contiguous()
         launch(gate_kernel, grid, (out, x.contiguous(), condition), (channels,), constants)

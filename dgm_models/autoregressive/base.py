@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgm_kernels
-from dgm_kernels import NoiseKey
+from dgm_kernels import IncrementalSampler, NoiseKey, noise_like
 
-from ..model import GenerativeModel, check_positive, check_sizes
+from ..model import GenerativeModel, Stream, check_positive, check_sizes
 
 OUTPUTS = ("bernoulli", "categorical", "logistic_mixture")
 
@@ -23,15 +23,18 @@ class Autoregressive(GenerativeModel):
     This is the base class of the families, and no model by itself: a family is a subclass whose arguments are JSON
     values (see :class:`.GenerativeModel`), from which it makes the network that it hands to this constructor.
 
-    Samples go pixel by pixel, by ``dgm_kernels.incremental_sampler``, which computes every feature of the network once.
-    Its noise is a function of the seed, the sample's index and the pixel, and so is the sample.
+    Of several networks, each trained by itself, it is the mean of the probabilities: a mixture, as exact as they are.
+
+    Samples go pixel by pixel, by ``dgm_kernels.incremental_sampler``, which computes every feature of a network once.
+    Of several networks, each sample is drawn by one. The noise is a function of the seed, the sample's index and the
+    pixel, and so is the sample.
 
     Args:
         image_shape: of one sample.
-        network: called with x in [-1, 1], shaped ``[batch, *network_shape]``, and with the classes, int64 ``[batch]``
-            (None without classes); returns the parameters of each number's distribution, in the dimension after the
-            batch: see :func:`output_channels`.
-        network_shape: what the network takes a sample for; the numbers in the same order. None for ``image_shape``.
+        networks: each is called with x in [-1, 1], shaped ``[batch, *network_shape]``, and with the classes, int64
+            ``[batch]`` (None without classes), and returns the parameters of each number's distribution, in the
+            dimension after the batch: see :func:`output_channels`.
+        network_shape: the shape in which the networks take a sample; None for ``image_shape``.
         output: ``"bernoulli"`` (2 levels), ``"categorical"`` or ``"logistic_mixture"``.
         levels: of the data in [-1, 1], equally spaced.
         num_classes: classes to condition on; None for none.
@@ -43,7 +46,7 @@ class Autoregressive(GenerativeModel):
     def __init__(
         self,
         image_shape: Sequence[int],
-        network: nn.Module,
+        networks: Iterable[nn.Module],
         network_shape: Sequence[int] | None,
         output: str,
         levels: int,
@@ -52,16 +55,18 @@ class Autoregressive(GenerativeModel):
         super().__init__()
         self.sample_shape = check_sizes("image_shape", image_shape)
         self.network_shape = self.sample_shape if network_shape is None else tuple(network_shape)
-        self.network, self.output, self.levels, self.num_classes = network, output, levels, num_classes
+        self.networks = nn.ModuleList(networks)
+        self.output, self.levels, self.num_classes = output, levels, num_classes
         self.conditional = num_classes is not None
 
     def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
-        """``nll``: the mean negative log-probability of a sample in nats."""
+        """``nll``: the mean negative log-probability of a sample in nats; in training, the mean of the networks'."""
         self._check_batch(x)
-        return {"nll": -self._log_prob(x, self._labels(cond, x.shape[0])).mean()}
+        each = self._log_probs(x, self._labels(cond, x.shape[0]))
+        return {"nll": -(each if self.training else log_mean_exp(each)).mean()}
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Exact log-probability in nats, ``[batch]``, in one pass over the network.
+        """Exact log-probability in nats, ``[batch]``, in one pass over each network.
 
         Args:
             x: ``[batch, *image_shape]`` on the grey levels.
@@ -69,14 +74,15 @@ class Autoregressive(GenerativeModel):
         """
         self._check_data(x)
         with self._evaluating():
-            return self._log_prob(x, self._labels(cond, x.shape[0]))
+            return log_mean_exp(self._log_probs(x, self._labels(cond, x.shape[0])))
 
-    def _log_prob(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        return self._network_log_prob(self.network, x, labels)
-
-    def _network_log_prob(self, network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _log_probs(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Those of each network, ``[networks, batch]``."""
         x = self._to_network(x)
-        parameters = network(x, labels)
+        return torch.stack([self._log_prob(x, network(x, labels)) for network in self.networks])
+
+    def _log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
+        """Log-probability of x, in the shape of the networks, under the distributions with these parameters."""
         if self.output == "bernoulli":
             return F.logsigmoid(x * parameters).flatten(1).sum(1)  # sigmoid(-logit) is the probability of level 0
         if self.output == "categorical":
@@ -100,32 +106,37 @@ class Autoregressive(GenerativeModel):
         Args:
             n, seed, cond, first_sample: see ``sample``.
             known: samples whose pixels are given where ``mask`` is 1, to be completed; both broadcast to the samples.
-                A pixel is drawn given those before it in the order of the model: what is known of later ones does not
-                steer it.
+                A pixel is drawn given those before it in the order of the network: what is known of later ones does
+                not steer it.
             mask: 1 (or True) where ``known`` is kept, 0 where the model draws.
         """
-        given, kept = self._given(known, mask, n)
-        return self._draw(self.network, n, NoiseKey(seed, first_sample), self._labels(cond, n), given, kept)
+        (given, kept), labels = self._given(known, mask, n), self._labels(cond, n)
+        chosen = self._choice(n, seed, first_sample)
+        samples = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
+        for place in chosen.unique().tolist():
+            rows = (chosen == place).nonzero()[:, 0]
+            key = NoiseKey(seed, samples=first_sample + rows)
+            condition, levels, known_ = (None if value is None else value[rows] for value in (labels, given, kept))
+            level = self.sampler(place)(len(rows), key=key, condition=condition, given=levels, known=known_)
+            samples[rows] = self._from_network(self._value(level))
+        return samples
 
-    def _draw(
-        self,
-        network: nn.Module,
-        n: int,
-        key: NoiseKey,
-        labels: Tensor | None,
-        given: Tensor | None,
-        kept: Tensor | None,
-    ) -> Tensor:
-        """n samples of one network; ``given`` and ``kept`` as :meth:`_given` returns them."""
-        sampler = dgm_kernels.incremental_sampler(
-            network,
+    def sampler(self, network: int = 0) -> IncrementalSampler:
+        """The cached sampler of one of the networks; it draws levels in the shape of the networks."""
+        return dgm_kernels.incremental_sampler(
+            self.networks[network],
             self.network_shape,
             output=self.output,
             levels=self.levels,
             scale=2 / (self.levels - 1),
             offset=-1.0,
         )
-        return self._from_network(self._value(sampler(n, key=key, condition=labels, given=given, known=kept)))
+
+    def _choice(self, n: int, seed: int, first_sample: int) -> Tensor:
+        """The network of each sample, int64 ``[n]``."""
+        key = NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)
+        u = noise_like(torch.empty(n, 1, device=self.device), key, distribution="uniform")[:, 0]
+        return (u * len(self.networks)).ceil().long() - 1
 
     def _given(self, known: Tensor | None, mask: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
         """What is known of n samples as the sampler takes it: levels and where they count, in the network's shape."""

@@ -28,4 +28,4 @@ class FVSBN(Autoregressive):
     def __init__(self, image_shape: Sequence[int] = (1, 8, 8), num_classes: int | None = None) -> None:
         shape = check_sizes("image_shape", image_shape)
         network = MaskedMLP(natural_order(shape), (), 1, num_classes=num_classes)
-        super().__init__(image_shape, network, (math.prod(shape),), "bernoulli", 2, num_classes)
+        super().__init__(image_shape, [network], (math.prod(shape),), "bernoulli", 2, num_classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,18 +15,16 @@ from dgm_kernels import NoiseKey, noise_like
 from dgm_kernels.nn import MaskedLinear
 
 from ..flows.conditioners import check_dropout, hidden_degrees
-from ..model import Stream, check_positive, check_sizes
+from ..model import check_positive, check_sizes
 from ..registry import register_model
-from .base import Autoregressive, check_output, class_bias, log_mean_exp
+from .base import Autoregressive, check_output, class_bias
 
 ORDERS = ("random", "natural")
 
 
 @register_model("made")
 class MADE(Autoregressive):
-    """The mean density of several masked networks, each with an order of its own: a mixture, and so a density too.
-
-    A sample picks a network, then goes number by number in its order.
+    """Masked dense networks, each with an order of the numbers of its own, and the mean of their probabilities.
 
     Args:
         image_shape: of one sample.
@@ -62,7 +59,7 @@ class MADE(Autoregressive):
             raise ValueError(f"networks must be 1 with order 'natural', got {networks}")
         shape = check_sizes("image_shape", image_shape)
         numbers = 1 if output == "bernoulli" else levels
-        mixture = nn.ModuleList(
+        mixture = [
             MaskedMLP(
                 natural_order(shape) if order == "natural" else random_order(math.prod(shape), place),
                 check_sizes("hidden", hidden),
@@ -71,51 +68,8 @@ class MADE(Autoregressive):
                 num_classes=num_classes,
             )
             for place in range(networks)
-        )
+        ]
         super().__init__(image_shape, mixture, (math.prod(shape),), output, levels, num_classes)
-
-    def _networks(self) -> list[nn.Module]:
-        assert isinstance(self.network, nn.ModuleList)
-        return list(self.network)
-
-    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
-        """``nll``: the mean negative log-probability of a sample in nats, in training also over the networks."""
-        self._check_batch(x)
-        labels = self._labels(cond, x.shape[0])
-        if not self.training:
-            return {"nll": -self._log_prob(x, labels).mean()}
-        return {"nll": -self._log_probs(x, labels).mean()}
-
-    def _log_probs(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """``[networks, batch]``."""
-        return torch.stack([self._network_log_prob(network, x, labels) for network in self._networks()])
-
-    def _log_prob(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        return log_mean_exp(self._log_probs(x, labels))
-
-    def _sample(  # type: ignore[override]
-        self,
-        n: int,
-        seed: int,
-        cond: Tensor | None,
-        first_sample: int,
-        *,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Samples number by number, each by a network drawn for it; arguments as in :class:`.Autoregressive`."""
-        (given, kept), labels, networks = self._given(known, mask, n), self._labels(cond, n), self._networks()
-        key = NoiseKey(seed, first_sample)
-        like = torch.empty(n, 1, device=self.device)
-        u = noise_like(like, dataclasses.replace(key, stream=Stream.INITIAL_STATE), distribution="uniform")
-        chosen = (u[:, 0] * len(networks)).ceil().long() - 1
-        samples = torch.empty(n, *self.sample_shape, device=self.device, dtype=self.dtype)
-        for place in chosen.unique().tolist():
-            rows = (chosen == place).nonzero()[:, 0]
-            own_key = dataclasses.replace(key, first_sample=0, samples=first_sample + rows)
-            own = [None if value is None else value[rows] for value in (labels, given, kept)]
-            samples[rows] = self._draw(networks[place], len(rows), own_key, *own)
-        return samples
 
 
 class MaskedMLP(nn.Module):

@@ -35,6 +35,7 @@ class WaveNet(Autoregressive):
             the second at more.
         levels: of the data in [-1, 1], equally spaced; 256 for sound.
         mixtures: components of a mixture of logistics.
+        networks: how many are trained, each by itself; the model is the mean of their probabilities.
         num_classes: classes to condition on; None for none.
 
     Source: van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
@@ -53,6 +54,7 @@ class WaveNet(Autoregressive):
         output: str | None = None,
         levels: int = 17,
         mixtures: int = 5,
+        networks: int = 1,
         num_classes: int | None = None,
     ) -> None:
         shape = check_sizes("image_shape", image_shape)
@@ -60,15 +62,18 @@ class WaveNet(Autoregressive):
         if check_positive("kernel_size", kernel_size) < 2:
             raise ValueError(f"kernel_size must be at least 2, got {kernel_size}")
         check_positive("cycle", cycle)
-        network = WaveNetNetwork(
-            output_channels(output, 1, levels, mixtures),
-            width=check_positive("width", width),
-            dilations=[2 ** (place % cycle) for place in range(check_positive("depth", depth))],
-            kernel_size=kernel_size,
-            dropout=check_dropout(dropout),
-            num_classes=num_classes,
-        )
-        super().__init__(image_shape, network, (1, math.prod(shape)), output, levels, num_classes)
+        mixture = [
+            WaveNetNetwork(
+                output_channels(output, 1, levels, mixtures),
+                width=check_positive("width", width),
+                dilations=[2 ** (place % cycle) for place in range(check_positive("depth", depth))],
+                kernel_size=kernel_size,
+                dropout=check_dropout(dropout),
+                num_classes=num_classes,
+            )
+            for _ in range(check_positive("networks", networks))
+        ]
+        super().__init__(image_shape, mixture, (1, math.prod(shape)), output, levels, num_classes)
 
     def _to_network(self, x: Tensor) -> Tensor:
         """Channels innermost: those of a step stand next to each other in the sequence."""
