@@ -183,10 +183,13 @@ def test_autocast_in_compiled_code(backend):
 @on_every_backend
 @every_case
 def test_autocast_like_conv2d(case, backend):
-    """bfloat16 and float16 out of float32; a float32 condition promotes, as it does eager; float64 is left alone."""
+    """16 bits out of float32; a float32 condition promotes, as it does eager; float64 is left alone.
+
+    Of a gate not float16: eager rounds tanh, sigmoid and their product, which is more than the tolerance of the dtype.
+    """
     operands = case.make(SMALL_SIZE)
     with use_backend(backend):
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, *[torch.float16] * (not case.gated)):
             assert_autocast_like(case.call, case.call_eager, operands, dtype)
             mixed = [operands[0].to(dtype), *operands[1:]]
             assert_autocast_like(case.call, case.call_eager, mixed, dtype)

@@ -1,5 +1,6 @@
 """The Triton kernels of the masked_conv op on a GPU."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,9 +41,19 @@ def triton(monkeypatch) -> Iterator[None]:
         pytest.skip(state)
     monkeypatch.setattr(op, "READY", op.BACKENDS)
     monkeypatch.setattr(op, "PIXEL_READY", op.BACKENDS)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    with dgm.use_backend("triton"):
+    with dgm.use_backend("triton"), float32_products("ieee"):
         yield
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """What cuDNN's convolutions, and ours, do with float32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def on_device(case: ConvCase, size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -87,11 +98,11 @@ class TestConvolution:
 
     @pytest.mark.parametrize("size", [*SIZES[4:8], LARGE_SIZES[1]], ids=str)
     @pytest.mark.parametrize("case", [case for case in CASES if not case.gated], ids=str)
-    def test_tf32(self, case, size, monkeypatch):
+    def test_tf32(self, case, size):
         """Each operand is off by 2^-11 of itself at most: so is each sum by 2^-10 of that of the absolute values."""
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
         operands = on_device(case, size)
-        actual = results(case.call, operands, torch.float32)
+        with float32_products("tf32"):
+            actual = results(case.call, operands, torch.float32)
         exact = results(case.call_eager, operands, torch.float64)
         leaves = [t.detach().double().abs().requires_grad_() for t in operands]
         sums = case.call_eager(*leaves)

@@ -8,6 +8,8 @@ namespace dgm::masked_conv {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
+constexpr int64_t kRowsTogether = 32;  // of an image, in one sum of the weight's gradient
+
 DGM_INLINE int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
 DGM_INLINE const char* sample_of(const Operand& x, int64_t sample, int64_t elements) {
@@ -57,11 +59,13 @@ DGM_INLINE void write_tile(const F32 (&sums)[kPositions][2], int64_t channels, D
 template <int kPositions>
 DGM_NOINLINE void conv_tile(const Source* sources, int64_t number, const float* bias, int64_t channels, DType dtype,
                             char* to, int64_t plane) {
-  Sums<kPositions> sums;
-  const F32 b0 = bias ? load(bias) : F32{}, b1 = bias ? load(bias + kWidth) : F32{};
-  DGM_UNROLL
-  for (int m = 0; m < kPositions; ++m) sums.v[0][m][0] = b0, sums.v[0][m][1] = b1;
+  Sums<kPositions> sums = {};
   accumulate(sources, number, sums);
+  if (bias) {
+    const F32 b0 = load(bias), b1 = load(bias + kWidth);
+    DGM_UNROLL
+    for (int m = 0; m < kPositions; ++m) sums.v[0][m][0] += b0, sums.v[0][m][1] += b1;
+  }
   write_tile(sums.v[0], channels, dtype, to, plane);
 }
 
@@ -124,11 +128,15 @@ DGM_NOINLINE void correlate(const WeightGradArgs& a, const Tap& tap, const float
   const int64_t begin = tap.dx < 0 ? -tap.dx : 0, end = tap.dx > 0 ? a.width - tap.dx : a.width;
   if (begin >= end) return;
   Sums<kPositions> sums = {};
-  for (int64_t y = 0; y < a.height; ++y) {
-    if (y + tap.dy < 0 || y + tap.dy >= a.height) continue;
-    const float* from = x + ((y + tap.dy) * a.width + begin + tap.dx) * x_stride;
-    const Source source = {from, x_stride, end - begin, grad + (y * a.width + begin) * kPanel, 0};
-    accumulate(&source, 1, sums);
+  const int64_t top = tap.dy < 0 ? -tap.dy : 0, bottom = tap.dy > 0 ? a.height - tap.dy : a.height;
+  Source rows[kRowsTogether];
+  for (int64_t y = top; y < bottom;) {
+    int64_t number = 0;
+    for (; number < kRowsTogether && y < bottom; ++number, ++y) {
+      const float* from = x + ((y + tap.dy) * a.width + begin + tap.dx) * x_stride;
+      rows[number] = {from, x_stride, end - begin, grad + (y * a.width + begin) * kPanel, 0};
+    }
+    accumulate(rows, number, sums);
   }
   DGM_UNROLL
   for (int m = 0; m < kPositions; ++m)

@@ -104,7 +104,7 @@ class Generator {
     for (int64_t first = 0; first < positions; first += kTogether) {
       const int64_t count = positions - first < kTogether ? positions - first : kTogether;
       const Pieces tiles(count);
-      const bool direct = count == 1;  // of one position the inputs lie one after the other as it is
+      const bool direct = count == 1 && columns == 1;  // of one pixel the inputs lie one after the other as it is
       if (!direct && !i.terms.empty())
         for (int64_t t = 0; t < tiles.number; ++t) pack_tile(i, x, first + tiles.begin(t), tiles.length(t), t);
       for (int64_t p = begin; p < end;) {
@@ -209,19 +209,16 @@ class Generator {
   template <int kPositions, int kPanels>
   [[gnu::noinline]] void run_panels(const Instruction& i, const Panel* panels, int64_t number, int64_t x,
                                       int64_t first) {
-    Sums<kPositions, kPanels> sums;
-    DGM_UNROLL
+    Sums<kPositions, kPanels> sums = {};
+    accumulate(sources_.data(), number, sums);
     for (int p = 0; p < kPanels; ++p) {
       const F32 b0 = load(a_.packed + panels[p].bias), b1 = load(a_.packed + panels[p].bias + kWidth);
-      DGM_UNROLL
-      for (int m = 0; m < kPositions; ++m) sums.v[p][m][0] = b0, sums.v[p][m][1] = b1;
-    }
-    accumulate(sources_.data(), number, sums);
-    for (int p = 0; p < kPanels; ++p)
       for (int m = 0; m < kPositions; ++m) {
         const int64_t q = first + m;
+        sums.v[p][m][0] += b0, sums.v[p][m][1] += b1;
         finish(i, panels[p], sums.v[p][m], x + q / samples_, q % samples_);
       }
+    }
   }
 
   // From the sums of a position to its results.
