@@ -13,6 +13,9 @@ constexpr float kLowest = -3.0e38f;
 constexpr int kFewLevels = 10;      // measured: with fewer, pixels as lanes are faster though they have to be gathered
 constexpr int kLevelsTogether = 8;  // of which the largest is found before the sum is brought to it
 
+// NaN does not count.
+DGM_INLINE F32 larger(F32 x, F32 top) { return x > top ? x : top; }
+
 // Sum of exp(logit - top) for a top that rises.
 struct RunningSum {
   F32 top = broadcast_float(kLowest), total = {};
@@ -22,10 +25,7 @@ struct RunningSum {
   DGM_INLINE_METHOD void add(const float* logits, int64_t stride) {
     F32 next = top;
     DGM_UNROLL
-    for (int j = 0; j < kCount; ++j) {
-      const F32 logit = load(logits + j * stride);
-      next = logit > next ? logit : next;
-    }
+    for (int j = 0; j < kCount; ++j) next = larger(load(logits + j * stride), next);
     total *= exponential_in_range(at_least(top - next, -105.0f));
     DGM_UNROLL
     for (int j = 0; j < kCount; ++j) total += exponential_in_range(at_least(load(logits + j * stride) - next, -105.0f));
@@ -102,20 +102,34 @@ DGM_NOINLINE void categorical_tile(const CategoricalArgs& a, const Pixels& pixel
   for (int64_t v = 0; v < vectors; ++v) {
     const F32 log_total = log_of_sum(sums[v].total);
     store(log_prob + v * kWidth, load(log_prob + v * kWidth) - sums[v].top - log_total);
-    store(normaliser + v * kWidth, sums[v].top + log_total);
+    store(normaliser + v * kWidth, log_total);
   }
   std::memcpy(a.log_prob + pixels.first, log_prob, pixels.count * sizeof(float));
   std::memcpy(a.normaliser + pixels.first, normaliser, pixels.count * sizeof(float));
 }
 
 // g (one-hot - softmax) of a vector of logits.
-DGM_INLINE F32 logit_gradient(F32 grad, F32 logit, F32 normaliser, F32 one_hot) {
-  return grad * (one_hot - exponential_in_range(at_most(at_least(logit - normaliser, -105.0f), 1.0f)));
+DGM_INLINE F32 logit_gradient(F32 grad, F32 logit, F32 top, F32 normaliser, F32 one_hot) {
+  return grad * (one_hot - exponential_in_range(at_most(at_least(logit - top - normaliser, -105.0f), 1.0f)));
+}
+
+// The largest logit of each pixel of a tile.
+DGM_INLINE void find_tops(const CategoricalArgs& a, const Pixels& pixels, LevelReader& reader, float* tops) {
+  for (int64_t v = 0; v < kTilePixels; v += kWidth) store(tops + v, broadcast_float(kLowest));
+  for (int64_t level = 0, stride; level < a.levels; level += kLevelsTogether) {
+    const int64_t number = levels_at(a, level);
+    const float* rows = reader.read(a, level, number, pixels, stride);
+    for (int64_t v = 0; v < pixels.count; v += kWidth) {
+      F32 top = load(tops + v);
+      for (int64_t j = 0; j < number; ++j) top = larger(load(rows + j * stride + v), top);
+      store(tops + v, top);
+    }
+  }
 }
 
 DGM_NOINLINE void categorical_backward_tile(const CategoricalArgs& a, const Pixels& pixels) {
   const int64_t vectors = whole_vectors(pixels.count);
-  alignas(64) float grad[kTilePixels] = {}, normaliser[kTilePixels] = {};
+  alignas(64) float grad[kTilePixels] = {}, normaliser[kTilePixels] = {}, tops[kTilePixels];
   alignas(64) int32_t x[kTilePixels] = {};
   for (int64_t i = 0; i < pixels.count; ++i) {
     const int64_t level = a.x[pixels.first + i];
@@ -124,6 +138,7 @@ DGM_NOINLINE void categorical_backward_tile(const CategoricalArgs& a, const Pixe
     normaliser[i] = a.given_normaliser[pixels.first + i];
   }
   LevelReader reader;
+  find_tops(a, pixels, reader, tops);
   alignas(64) float buffer[kLevelsTogether * kTilePixels + kWidth];
   const bool direct = in_place(a.grad_logits.dtype, pixels);
   for (int64_t level = 0, stride; level < a.levels; level += kLevelsTogether) {
@@ -136,8 +151,8 @@ DGM_NOINLINE void categorical_backward_tile(const CategoricalArgs& a, const Pixe
       for (int64_t v = 0; v < vectors * kWidth; v += kWidth) {
         const I32 is_x = load_unaligned<I32>(x + v) == static_cast<int32_t>(level + j);
         const F32 one_hot = is_x ? broadcast_float(1.0f) : F32{};
-        store(to + j * to_stride + v,
-              logit_gradient(load(grad + v), load(rows + j * stride + v), load(normaliser + v), one_hot));
+        store(to + j * to_stride + v, logit_gradient(load(grad + v), load(rows + j * stride + v), load(tops + v),
+                                                     load(normaliser + v), one_hot));
       }
     if (!direct) write_tile(buffer, a.grad_logits, {a.levels, level, number}, pixels);
   }
@@ -145,58 +160,67 @@ DGM_NOINLINE void categorical_backward_tile(const CategoricalArgs& a, const Pixe
 
 // ---- A lane is a level: logits of a pixel are contiguous
 
-// -infinity behind the last of `count` elements of a copy.
-DGM_INLINE void close_row(float* row, int64_t count) {
-  for (int64_t i = count; i < whole_vectors(count) * kWidth; ++i) row[i] = -__builtin_inff();
+// Calls body(logits, vectors) for at most kChunk levels of a pixel at a time, -infinity behind the last one.
+template <class Body>
+DGM_INLINE void for_each_chunk_of(const CategoricalArgs& a, int64_t pixel, const Body& body) {
+  alignas(64) float buffer[kChunk];
+  for (int64_t level = 0; level < a.levels; level += kChunk) {
+    const int64_t count = a.levels - level < kChunk ? a.levels - level : kChunk, vectors = whole_vectors(count);
+    const char* from = address(a.logits, pixel * a.levels + level);
+    if (in_place(a.logits.dtype, count)) {
+      body(reinterpret_cast<const float*>(from), vectors);
+      continue;
+    }
+    convert_to_floats(from, a.logits.dtype, count, buffer);
+    for (int64_t i = count; i < vectors * kWidth; ++i) buffer[i] = -__builtin_inff();
+    body(buffer, vectors);
+  }
+}
+
+DGM_INLINE float largest_lane(F32 x) {
+  float top = kLowest;
+  for (int lane = 0; lane < kWidth; ++lane) top = x[lane] > top ? x[lane] : top;
+  return top;
 }
 
 DGM_NOINLINE void categorical_row(const CategoricalArgs& a, int64_t pixel) {
-  alignas(64) float buffer[kChunk];
-  RunningSum sum;
-  for (int64_t level = 0; level < a.levels; level += kChunk) {
-    const int64_t count = a.levels - level < kChunk ? a.levels - level : kChunk, at = pixel * a.levels + level;
-    const float* logits = reinterpret_cast<const float*>(address(a.logits, at));
-    if (!in_place(a.logits.dtype, count)) {
-      convert_to_floats(address(a.logits, at), a.logits.dtype, count, buffer);
-      close_row(buffer, count);
-      logits = buffer;
-    }
-    for (int64_t i = 0; i < count; i += kLevelsTogether * kWidth) {
-      const int64_t left = whole_vectors(count - i);
-      sum.add(logits + i, kWidth, left < kLevelsTogether ? left : kLevelsTogether);
-    }
-  }
-  float top = kLowest;
-  for (int lane = 0; lane < kWidth; ++lane) top = sum.top[lane] > top ? sum.top[lane] : top;
-  F32 total = {};
-  total[0] = static_cast<float>(
-      ::dgm::DGM_ISA_NAMESPACE::sum(sum.total * exponential_in_range(at_least(sum.top - top, -105.0f))));
-  const float log_total = log_of_sum(total)[0];
+  RunningSum sums;
+  for_each_chunk_of(a, pixel, [&](const float* logits, int64_t vectors) {
+    for (int64_t i = 0; i < vectors; i += kLevelsTogether)
+      sums.add(logits + i * kWidth, kWidth, vectors - i < kLevelsTogether ? vectors - i : kLevelsTogether);
+  });
+  const float top = largest_lane(sums.top);
+  const double total = sum(sums.total * exponential_in_range(at_least(sums.top - top, -105.0f)));
+  const float log_total = log_of_sum(broadcast_float(static_cast<float>(total)))[0];
   float logit;
   logits_of(a, {1, pixel, 1}, &logit);
   a.log_prob[pixel] = logit - top - log_total;
-  a.normaliser[pixel] = top + log_total;
+  a.normaliser[pixel] = log_total;
 }
 
 DGM_NOINLINE void categorical_backward_row(const CategoricalArgs& a, int64_t pixel) {
-  BlockReader reader;
-  BlockWriter writer;
+  F32 tops = broadcast_float(kLowest);
+  for_each_chunk_of(a, pixel, [&](const float* logits, int64_t vectors) {
+    for (int64_t i = 0; i < vectors; ++i) tops = larger(load(logits + i * kWidth), tops);
+  });
   I32 lanes;
   for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
   const int64_t x = a.x[pixel];
   const F32 grad = is_level(a, x) ? broadcast_float(a.grad[pixel]) : nan();
-  const F32 normaliser = broadcast_float(a.given_normaliser[pixel]);
-  for (int64_t level = 0; level < a.levels; level += kChunk) {
-    const int64_t count = a.levels - level < kChunk ? a.levels - level : kChunk, at = pixel * a.levels + level;
-    const float* logits = reader.read(a.logits, at, count);
-    float* to = writer.open(a.grad_logits, at, count);
-    for (int64_t i = 0; i < count; i += kWidth) {
+  const F32 top = broadcast_float(largest_lane(tops)), normaliser = broadcast_float(a.given_normaliser[pixel]);
+  BlockWriter writer;
+  int64_t level = 0;
+  for_each_chunk_of(a, pixel, [&](const float* logits, int64_t vectors) {
+    const int64_t left = a.levels - level, count = left < kChunk ? left : kChunk;
+    float* to = writer.open(a.grad_logits, pixel * a.levels + level, count);
+    for (int64_t i = 0; i < vectors * kWidth; i += kWidth) {
       const I32 is_x = lanes == static_cast<int32_t>(x - level - i);
       const F32 one_hot = is_x ? broadcast_float(1.0f) : F32{};
-      store(to + i, logit_gradient(grad, load(logits + i), normaliser, one_hot));
+      store(to + i, logit_gradient(grad, load(logits + i), top, normaliser, one_hot));
     }
     writer.close();
-  }
+    level += count;
+  });
 }
 
 // Few levels would leave most lanes empty.

@@ -30,12 +30,13 @@ struct MixtureArgs {
   Output grad_parameters;
 };
 
-// The categorical distribution, both passes: logits [outer, levels, inner].
+// The categorical distribution, both passes: logits [outer, levels, inner]. The normaliser is the logarithm of the sum
+// of exp(logit - largest logit): of the largest logit itself, added to it, large logits would leave it too few digits.
 struct CategoricalArgs {
   int64_t outer = 0, levels = 0, inner = 0;
   const int64_t* x = nullptr;
   Operand logits;
-  float *log_prob = nullptr, *normaliser = nullptr;          // log sum exp of the logits
+  float *log_prob = nullptr, *normaliser = nullptr;
   const float *grad = nullptr, *given_normaliser = nullptr;  // backward
   Output grad_logits;
 };

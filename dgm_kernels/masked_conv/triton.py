@@ -105,15 +105,17 @@ class _Tile(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _conv_tile(rows: int, inner: int, pixels: int, gated: bool, vector: int, itemsize: int, tf32: bool) -> _Tile:
+def _conv_tile(rows: int, inner: int, pixels: int, plain: bool, vector: int, itemsize: int, tf32: bool) -> _Tile:
     """On tensor cores a step is 128 bytes of channels; in float32 the products are ordinary instructions.
 
-    The large tile reads less, and is for calls of at least 512 programs with it, two waves of the largest GPUs.
+    The large tile reads less, and is for calls of at least 512 programs with it, two waves of the largest GPUs. What a
+    gate or the addresses of planes at odd places take of the registers leaves too few for it.
     """
     if itemsize == 4 and not tf32:
-        return _Tile(_power_of_2(rows, 16, 32 if gated else 64), 64, _power_of_2(inner, 16, 32), 3)
-    size = _power_of_2(rows, 16, 64 if gated else 128)
-    large = not gated and vector > 1 and -(-pixels // 128) * -(-rows // size) >= 512
+        return _Tile(_power_of_2(rows, 16, 64 if plain else 32), 64, _power_of_2(inner, 16, 32), 3)
+    plain = plain and vector > 1
+    size = _power_of_2(rows, 16, 128 if plain else 64)
+    large = plain and -(-pixels // 128) * -(-rows // size) >= 512
     return _Tile(size, 128 if large else 64, _power_of_2(inner, 16, 128 // itemsize), 3)
 
 

@@ -23,7 +23,7 @@ class FVSBN(Autoregressive):
     Source: Frey, "Graphical Models for Machine Learning and Digital Communication", 1998.
     """
 
-    default_settings: ClassVar = {"steps": 2000, "lr": 5e-3, "weight_decay": 0.3, "validation_draws": 1}
+    default_settings: ClassVar = {"steps": 2000, "lr": 5e-3, "weight_decay": 0.15, "validation_draws": 1}
 
     def __init__(self, image_shape: Sequence[int] = (1, 8, 8), num_classes: int | None = None) -> None:
         shape = check_sizes("image_shape", image_shape)

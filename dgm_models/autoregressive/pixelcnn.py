@@ -57,7 +57,7 @@ class PixelCNN(Autoregressive):
         depth: int = 3,
         first_kernel_size: int = 7,
         kernel_size: int = 5,
-        dropout: float = 0.3,
+        dropout: float = 0.15,
         output: str | None = None,
         levels: int = 2,
         mixtures: int = 5,

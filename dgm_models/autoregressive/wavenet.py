@@ -41,16 +41,16 @@ class WaveNet(Autoregressive):
     Source: van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016.
     """
 
-    default_settings: ClassVar = {"steps": 2000, "validation_draws": 1}
+    default_settings: ClassVar = {"steps": 1500, "batch_size": 32, "lr": 3e-3, "validation_draws": 1}
 
     def __init__(
         self,
         image_shape: Sequence[int] = (1, 8, 8),
-        width: int = 32,
+        width: int = 48,
         depth: int = 12,
         cycle: int = 6,
-        kernel_size: int = 2,
-        dropout: float = 0.2,
+        kernel_size: int = 3,
+        dropout: float = 0.3,
         output: str | None = None,
         levels: int = 17,
         mixtures: int = 5,
