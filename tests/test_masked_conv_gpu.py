@@ -30,7 +30,7 @@ GATED = ConvCase("raster", "B", (3, 3), groups=2, gated=True, condition="sample"
 # One of each kernel, with what it has of options.
 KERNELS = [ConvCase("raster", "B", (3, 3), groups=2), ConvCase("raster", "B", (1, 1)), GATED, CASES[-1]]
 # Large tiles, several of outputs and of inputs, rows of pixels that are aligned, half aligned and not.
-LARGE_SIZES = [(96, 64, 128, 28, 28), (40, 130, 190, 14, 14), (130, 190, 130, 7, 7), (16, 128, 256, 32, 32)]
+LARGE_SIZES = [(32, 64, 128, 28, 28), (90, 130, 190, 14, 14), (130, 190, 130, 7, 7), (16, 128, 256, 32, 32)]
 
 
 @pytest.fixture(autouse=True)

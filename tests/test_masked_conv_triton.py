@@ -104,7 +104,7 @@ class TestInterpreted:
         """Not in bfloat16, which NumPy has no products of."""
         check(case.call, case.call_eager, case.make(SIZES[1], torch.float16), 0.5 * 2**-10)
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
+    @pytest.mark.parametrize("case", CASES[::2], ids=str)
     def test_masked_weights_are_not_read(self, case):
         operands = case.make(SMALL_SIZE)
         live = case.live(operands[1])
@@ -144,11 +144,11 @@ class TestInterpreted:
         y = DGM.masked_conv.triton(x, weight, None, 0, False, 1, 1, 1).isnan()[:, 0]
         assert not y[1].any() and not y[0].view(-1)[: 2 * 5 + 2].any() and y[0, 2, 2]
 
-    def test_a_gradient_of_two_splits(self, monkeypatch):
-        """Of ten tiles of pixels, and of nine."""
+    def test_a_gradient_of_three_splits(self, monkeypatch):
+        """Of thirteen tiles of pixels, thirteen and twelve."""
         from dgm_kernels.masked_conv import triton as launchers
 
-        monkeypatch.setattr(launchers, "_PROGRAMS", 6)
+        monkeypatch.setattr(launchers, "_PROGRAMS", 9)
         x, weight = torch.randn(1, 2, 9, 67), torch.randn(3, 2, 1, 3)
         case = ConvCase("horizontal", "B", (1, 3), bias=False)
         check(case.call, case.call_eager, [x, weight], tiny=1e-5)

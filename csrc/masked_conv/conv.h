@@ -136,7 +136,7 @@ DGM_NOINLINE void correlate(const WeightGradArgs& a, const Tap& tap, const float
       const float* from = x + ((y + tap.dy) * a.width + begin + tap.dx) * x_stride;
       rows[number] = {from, x_stride, end - begin, grad + (y * a.width + begin) * kPanel, 0};
     }
-    accumulate(rows, number, sums);
+    accumulate<kPixelChain>(rows, number, sums);
   }
   DGM_UNROLL
   for (int m = 0; m < kPositions; ++m)

@@ -38,8 +38,9 @@ struct Sums {
 };
 
 // Products that are added up one after the other before their sum moves on to a total: the rounding errors of a longer
-// chain would exceed those of PyTorch's convolution (of 3072 products 4e-6 of the result, of 128 2e-7).
-constexpr int64_t kChain = 128;
+// chain would exceed those of PyTorch's convolution (of 3072 products 4e-6 of the result, of 128 2e-7). Sums over
+// pixels cancel more.
+constexpr int64_t kChain = 128, kPixelChain = 16;
 
 template <int kPositions, int kPanels>
 DGM_INLINE void move(Sums<kPositions, kPanels>& sums, Sums<kPositions, kPanels>& totals) {
@@ -55,10 +56,10 @@ DGM_INLINE void move(Sums<kPositions, kPanels>& sums, Sums<kPositions, kPanels>&
 
 // totals += over sources and k of data[k * stride + position] * weights[k * kPanel + output]. The order of the sum is
 // the same whatever the number of positions and panels: a result does not depend on what is computed beside it.
-template <int kPositions, int kPanels>
+template <int64_t kLength = kChain, int kPositions, int kPanels>
 DGM_INLINE void accumulate(const Source* sources, int64_t number, Sums<kPositions, kPanels>& totals) {
   Sums<kPositions, kPanels> sums = {};
-  int64_t left = kChain;
+  int64_t left = kLength;
   for (const Source* s = sources; s != sources + number; ++s) {
     const float *data = s->data, *weights = s->weights;
     const int64_t stride = s->stride, panel_stride = s->panel_stride;
@@ -79,7 +80,7 @@ DGM_INLINE void accumulate(const Source* sources, int64_t number, Sums<kPosition
       rest -= steps, left -= steps;
       if (left > 0) continue;
       move(sums, totals);
-      left = kChain;
+      left = kLength;
     }
   }
   move(sums, totals);

@@ -26,6 +26,7 @@ from .checks import (
     positive_int,
 )
 from .linear import masked_linear
+from .operands import in_one_dtype
 from .overridable import overridable
 from .taps import Kernel, Layout
 
@@ -220,10 +221,7 @@ def _conv(
     condition: Tensor | None,
 ) -> Tensor:
     check_epilogue(x, weight, groups, gated, condition)
-    x, weight, bias = _autocast(x, weight, bias)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
+    x, weight, bias = in_one_dtype(x, weight, bias)
     backend = select(x.device, (x, weight, bias), natives=op.READY)
     if backend == "reference":
         kernel = Kernel(layout, strict, groups, weight.shape[2], weight.shape[3], dilation)
@@ -261,15 +259,6 @@ def _gated_conv(
         whole = condition.shape == stand_in.shape
         condition = condition.contiguous() if whole else condition.reshape(stand_in.shape[:2])
     return ops.call(op.gated["triton"], grad, x, weight, bias, condition, *settings, grad)[0]
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor]:
-    """What autocast makes of the operands of a convolution."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)  # type: ignore[arg-type]
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]  # type: ignore[misc]
 
 
 @overridable

@@ -60,6 +60,11 @@ def check_conv(x: object, weight: object, bias: object, dimensions: int) -> None
         raise ValueError(f"weight must have shape [outputs, {x.shape[1]}{taps}], got {tuple(weight.shape)}")
     check_float("weight", weight)
     check_device("weight", weight, x, "x")
+    check_bias(bias, weight, x)
+
+
+def check_bias(bias: object, weight: Tensor, x: Tensor) -> None:
+    """A number for each output of the weight, or None."""
     if bias is None:
         return
     if not isinstance(bias, Tensor):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.checks import check_batch, check_device, check_float
+from .checks import check_bias
+from .operands import in_one_dtype
 from .overridable import overridable
 
 
@@ -47,9 +49,8 @@ def masked_linear(
         raise ValueError(f"weight must have shape [outputs, {x.shape[-1]}], got {tuple(weight.shape)}")
     check_float("weight", weight)
     check_device("weight", weight, x, "x")
-    if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.shape[0],)):
-        found = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise ValueError(f"bias must have shape {(weight.shape[0],)}, the outputs of weight, got {found}")
+    check_bias(bias, weight, x)
+    x, weight, bias = in_one_dtype(x, weight, bias)
     mask = degree_mask(in_degrees, out_degrees, weight, strict)
     return F.linear(x, weight.where(mask, 0.0), bias)
 

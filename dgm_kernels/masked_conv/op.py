@@ -262,8 +262,8 @@ mixture_backward = ops.define(
 )
 
 
-# ---- Categorical: logits [outer, levels, inner], x [outer, inner]. Saves both and the second result: log sum exp, or what
-# else the backend's own backward pass normalises by (on CPUs log sum exp of the logits less the largest one).
+# ---- Categorical: logits [outer, levels, inner], x [outer, inner]. Saves both and the second result, by which the same
+# backend's backward pass normalises: log sum exp of the logits; on CPUs of the logits less the largest one.
 
 
 def _fake_categorical(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

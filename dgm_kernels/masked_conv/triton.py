@@ -65,7 +65,7 @@ def _vector(plane: int) -> int:
 class _Taps(NamedTuple):
     """A kernel's live taps as the Triton kernels take them: the first in raster order, the last by its own rule."""
 
-    count: int
+    number: int
     rule: Rule
     numbers: tuple[int, int, int, int]  # step_y, step_x, centre_y, centre_x
     at_centre: bool  # the only one is the pixel itself
@@ -92,7 +92,8 @@ def _kernel(settings: tuple[Any, ...], height: int, width: int) -> Kernel:
 
 def _is_tf32(x: Tensor) -> bool:
     """Whether conv2d would use tf32."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return x.is_cuda and x.dtype == torch.float32 and precision == "tf32"
 
 
 class _Tile(NamedTuple):
@@ -105,17 +106,20 @@ class _Tile(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _conv_tile(rows: int, inner: int, pixels: int, plain: bool, vector: int, itemsize: int, tf32: bool) -> _Tile:
+def _conv_tile(
+    rows: int, inner: int, pixels: int, gated: bool, direct: bool, vector: int, itemsize: int, tf32: bool
+) -> _Tile:
     """On tensor cores a step is 128 bytes of channels; in float32 the products are ordinary instructions.
 
-    The large tile reads less, and is for calls of at least 512 programs with it, two waves of the largest GPUs. What a
-    gate or the addresses of planes at odd places take of the registers leaves too few for it.
+    The large tile reads less from the L2 cache, and is for calls of at least 128 programs with it, which is what an
+    H200 has multiprocessors for. It is not for kernels that need registers for more: a second sum before the gate,
+    addresses of planes at odd places.
     """
     if itemsize == 4 and not tf32:
-        return _Tile(_power_of_2(rows, 16, 64 if plain else 32), 64, _power_of_2(inner, 16, 32), 3)
-    plain = plain and vector > 1
-    size = _power_of_2(rows, 16, 128 if plain else 64)
-    large = plain and -(-pixels // 128) * -(-rows // size) >= 512
+        return _Tile(_power_of_2(rows, 16, 32 if gated else 64), 64, _power_of_2(inner, 16, 32), 3)
+    narrow = gated or vector == 1
+    size = _power_of_2(rows, 16, 64 if narrow else 128)
+    large = not (narrow or direct) and -(-pixels // 128) * -(-rows // size) >= 128
     return _Tile(size, 128 if large else 64, _power_of_2(inner, 16, 128 // itemsize), 3)
 
 
@@ -141,9 +145,9 @@ def _pack(weight: Tensor, taps: _Taps, groups: int, tile: _Tile, turned: bool, g
     outputs, inputs, *size = weight.shape
     rows, inner = (inputs, outputs) if turned else (outputs // 2 if gated else outputs, inputs)
     padded_rows, padded = (-(-n // to) * to for n, to in ((rows, tile.rows), (inner, tile.inner)))
-    packed = weight.new_empty((2 if gated else 1, taps.count, padded_rows, padded))
+    packed = weight.new_empty((2 if gated else 1, taps.number, padded_rows, padded))
     if packed.numel():
-        numbers = (outputs, inputs, groups, taps.count, math.prod(size), padded_rows, padded)
+        numbers = (outputs, inputs, groups, taps.number, math.prod(size), padded_rows, padded)
         constants = (int(taps.rule), turned, gated, tf32, _PACK_ROWS, tile.inner)
         grid = _programs(packed.numel() // (_PACK_ROWS * tile.inner))
         launch(pack_kernel, grid, (packed, weight), numbers, constants)
@@ -162,13 +166,13 @@ def _convolve(
     taps, plane = _live(kernel, height, width), _plane(x)
     pixels, rows, inner = x.shape[0] * plane, out.shape[1], x.shape[1]
     tf32, vector = _is_tf32(x), _vector(plane)
-    tile = _conv_tile(rows, inner, pixels, gated, vector, x.element_size(), tf32)
-    packed = _pack(weight, taps, groups, tile, turned, gated, tf32)
     direct = taps.at_centre and _aligned(vector, x.element_size())
+    tile = _conv_tile(rows, inner, pixels, gated, direct, vector, x.element_size(), tf32)
+    packed = _pack(weight, taps, groups, tile, turned, gated, tf32)
     if not direct and packed.numel():
         x = _channels_last(x, packed.shape[3], tf32)
     per_pixel = condition is not None and condition.dim() > 2
-    numbers = (pixels, plane, width, rows, inner, groups, packed.shape[2], taps.count, *taps.numbers)
+    numbers = (pixels, plane, width, rows, inner, groups, packed.shape[2], taps.number, *taps.numbers)
     constants = (kernel.width, int(taps.rule), turned, gated, per_pixel, direct, tf32, vector)
     grid = _programs(-(-pixels // tile.pixels) * -(-rows // tile.rows))
     tensors = (out, pre, x, packed, bias, condition)
@@ -208,7 +212,7 @@ def masked_conv_gated(
 def _grad_tile(outputs: int, inputs: int, itemsize: int, tf32: bool) -> tuple[int, int, int, int]:
     """OUT, IN, PIXELS and the steps that are loaded ahead, of a gradient of the weight."""
     if itemsize == 4 and not tf32:
-        return _power_of_2(outputs, 16, 64), _power_of_2(inputs, 16, 64), 32, 3
+        return _power_of_2(outputs, 16, 64), _power_of_2(inputs, 16, 64), 16, 4
     return _power_of_2(outputs, 16, 128), _power_of_2(inputs, 16, 128), 64 // itemsize, 4
 
 
@@ -219,28 +223,28 @@ def masked_conv_weight_grad(grad: Tensor, x: Tensor, height: int, width: int, *s
     taps = _live(_kernel(settings, height, width), *x.shape[2:])
     plane, columns = _plane(x), x.shape[3]
     pixels = x.shape[0] * plane
-    if 0 in (out.numel(), taps.count, pixels):
+    if 0 in (out.numel(), taps.number, pixels):
         return out.zero_()
     tf32, vector = _is_tf32(x), _vector(plane)
     out_tile, in_tile, step, stages = _grad_tile(outputs, inputs, x.element_size(), tf32)
     out_blocks, in_blocks = -(-outputs // out_tile), -(-inputs // in_tile)
-    tiles, steps = taps.count * in_blocks * out_blocks, -(-pixels // step)
+    tiles, steps = taps.number * in_blocks * out_blocks, -(-pixels // step)
     each = -(-steps // max(1, _PROGRAMS // tiles))
     splits = -(-steps // each)
     grad, x = grad.contiguous(), _channels_last(x.contiguous(), in_blocks * in_tile, tf32)
     last = not _aligned(vector, grad.element_size())
     if last:
         grad = _channels_last(grad, out_blocks * out_tile, tf32)
-    partial = torch.empty((splits, taps.count, outputs, inputs), dtype=torch.float32, device=x.device)
+    partial = torch.empty((splits, taps.number, outputs, inputs), dtype=torch.float32, device=x.device)
     groups, rule = settings[2], int(taps.rule)
-    numbers = (pixels, plane, columns, outputs, inputs, groups, in_blocks * in_tile, taps.count, *taps.numbers, each)
+    numbers = (pixels, plane, columns, outputs, inputs, groups, in_blocks * in_tile, taps.number, *taps.numbers, each)
     constants = (width, rule, last, tf32, vector, stages, out_tile, in_tile, step)
     launch(weight_grad_kernel, _programs(splits * tiles), (partial, grad, x), numbers, constants)
     in_row = triton.next_power_of_2(height * width)
     pairs = max(1, TILE // in_row)
-    numbers = (outputs, inputs, groups, taps.count, height * width, splits)
+    sizes = (outputs, inputs, groups, taps.number, height * width, splits)
     grid = _programs(-(-outputs * inputs // pairs))
-    launch(weight_sum_kernel, grid, (out, partial), numbers, (rule, pairs, in_row))
+    launch(weight_sum_kernel, grid, (out, partial), sizes, (rule, pairs, in_row))
     return out
 
 
@@ -361,7 +365,7 @@ def aot_specs() -> Iterator[Spec]:
 
 
 def _conv_specs(name: str, dtype: str, tf32: bool) -> Iterator[Spec]:
-    """Of 128 channels, 32 x 28 x 28 and 512 x 28 x 28 pixels, 3 x 3 taps."""
+    """Of 128 channels, 4 x 28 x 28 and 32 x 28 x 28 pixels, 3 x 3 taps."""
     itemsize = 2 if dtype == "*bf16" else 4
     plain = {"TF32": tf32, "WIDTH": 3, "RULE": int(Rule.FULL), "VECTOR": 8}
     forms: dict[str, dict[str, Any]] = {
@@ -380,10 +384,9 @@ def _conv_specs(name: str, dtype: str, tf32: bool) -> Iterator[Spec]:
     for form, constants in forms.items():
         more = {"pre": dtype} if form == "_gated_kept" else {}
         more |= {"condition": dtype} if "GATED" in constants else {}
-        for size, batch in (("", 32), ("_large", 512)):
-            gated = "GATED" in constants
-            vector = constants.get("VECTOR", 8)
-            tile = _conv_tile(64 if gated else 128, 128, batch * 784, gated, vector, itemsize, tf32)
+        for size, batch in (("", 4), ("_large", 32)):
+            gated, direct, vector = "GATED" in constants, "DIRECT" in constants, constants.get("VECTOR", 8)
+            tile = _conv_tile(64 if gated else 128, 128, batch * 784, gated, direct, vector, itemsize, tf32)
             if size and tile.pixels == 64:
                 continue
             sizes = {"STAGES": tile.stages, "ROWS": tile.rows, "PIXELS": tile.pixels, "INNER": tile.inner}

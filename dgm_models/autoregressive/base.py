@@ -84,7 +84,8 @@ class Autoregressive(GenerativeModel):
     def _log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
         """Log-probability of x, in the shape of the networks, under the distributions with these parameters."""
         if self.output == "bernoulli":
-            return F.logsigmoid(x * parameters).flatten(1).sum(1)  # sigmoid(-logit) is the probability of level 0
+            logits = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+            return F.logsigmoid(x * logits).flatten(1).sum(1)  # sigmoid(-logit) is the probability of level 0
         if self.output == "categorical":
             level = self._level(x)
             logits = parameters.unflatten(1, (x.shape[1], self.levels))

@@ -54,7 +54,7 @@ class GatedPixelCNN(Autoregressive):
     "PixelCNN++", 2017.
     """
 
-    default_settings: ClassVar = {"steps": 1000, "batch_size": 32, "lr": 3e-3, "validation_draws": 1}
+    default_settings: ClassVar = {"steps": 1300, "batch_size": 32, "lr": 3e-3, "validation_draws": 1}
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class GatedPixelCNN(Autoregressive):
         first_kernel_size: int = 7,
         kernel_size: int = 5,
         block: str = "gated",
-        dropout: float = 0.25,
+        dropout: float = 0.2,
         output: str | None = None,
         levels: int = 2,
         mixtures: int = 5,
-        networks: int = 4,
+        networks: int = 6,
         num_classes: int | None = None,
     ) -> None:
         channels, _, _ = check_image(image_shape)

@@ -24,14 +24,13 @@ ORDERS = ("random", "natural")
 
 @register_model("made")
 class MADE(Autoregressive):
-    """Masked dense networks, each with an order of the numbers of its own, and the mean of their probabilities.
+    """Masked dense networks whose outputs for a number see only those before it, in an order of each network's own.
 
     Args:
         image_shape: of one sample.
         hidden: sizes of the hidden layers of each network.
-        networks: how many.
-        order: ``"random"``, or ``"natural"`` for raster order, colour by colour in a pixel, in which case there is but
-            one network.
+        networks: how many are trained, each by itself; the model is the mean of their probabilities.
+        order: ``"random"``, another one for each network, or ``"natural"``: raster order, in a pixel colour by colour.
         dropout: share of the hidden units that is dropped in training.
         levels: of the data in [-1, 1], equally spaced: with 2 the distributions are Bernoulli, with more categorical.
         num_classes: classes to condition on; None for none.
@@ -45,7 +44,7 @@ class MADE(Autoregressive):
         self,
         image_shape: Sequence[int] = (1, 8, 8),
         hidden: Sequence[int] = (512,),
-        networks: int | None = None,
+        networks: int = 16,
         order: str = "random",
         dropout: float = 0.5,
         levels: int = 2,
@@ -54,9 +53,6 @@ class MADE(Autoregressive):
         output = check_output(None, levels)
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-        networks = (16 if order == "random" else 1) if networks is None else check_positive("networks", networks)
-        if order == "natural" and networks > 1:
-            raise ValueError(f"networks must be 1 with order 'natural', got {networks}")
         shape = check_sizes("image_shape", image_shape)
         numbers = 1 if output == "bernoulli" else levels
         mixture = [
@@ -67,7 +63,7 @@ class MADE(Autoregressive):
                 dropout=check_dropout(dropout),
                 num_classes=num_classes,
             )
-            for place in range(networks)
+            for place in range(check_positive("networks", networks))
         ]
         super().__init__(image_shape, mixture, (math.prod(shape),), output, levels, num_classes)
 
