@@ -116,6 +116,15 @@ class TestInterpreted:
             assert torch.equal(a, e)
         assert not actual[2][~live].any()
 
+    def test_the_large_tile(self, monkeypatch):
+        """Which the sizes of these tests do not reach."""
+        from dgm_kernels.masked_conv import triton as launchers
+
+        monkeypatch.setattr(launchers, "_conv_tile", lambda *args: launchers._Tile(128, 128, 32, 3))
+        for case in (ConvCase("raster", "B", (3, 3), groups=3), ConvCase("raster", "A", (3, 1), gated=True)):
+            for size in ((2, 3, 6, 9, 11), (1, 66, 150, 4, 4)):
+                check(case.call, case.call_eager, case.make(size))
+
     @pytest.mark.parametrize("groups", [2, 3, 6])
     def test_groups_that_cut_tiles(self, groups):
         """Groups whose borders are inside tiles of channels, which are partly alive then, and at their ends."""

@@ -125,24 +125,33 @@ DGM_INLINE void for_each_run(const Rows& rows, const Pixels& pixels, const Body&
   }
 }
 
-// Short runs of floats are copied here: a call for each would take longer than the copy.
-DGM_INLINE bool is_short(DType dtype, int64_t length) { return dtype == DType::Float32 && length < kWidth; }
+// Floats are copied here where a run is short or a whole row: a call for each would take longer than the copy.
+DGM_INLINE bool is_copied(DType dtype, int64_t length) {
+  return dtype == DType::Float32 && (length < kWidth || length == kTilePixels);
+}
+
+DGM_INLINE void copy_run(const float* from, int64_t length, float* to) {
+  if (length == kTilePixels) {
+    DGM_UNROLL
+    for (int64_t i = 0; i < kTilePixels; i += kWidth) store(to + i, load(from + i));
+  } else {
+    for (int64_t i = 0; i < length; ++i) to[i] = from[i];
+  }
+}
 
 DGM_NOINLINE void read_tile(const Operand& from, const Rows& rows, const Pixels& pixels, float* to) {
   for_each_run(rows, pixels, [&](int64_t row, int64_t element, int64_t place, int64_t length) {
     float* target = to + row * kTilePixels + place;
-    if (!is_short(from.dtype, length)) return convert_to_floats(address(from, element), from.dtype, length, target);
-    const float* source = static_cast<const float*>(from.data) + element;
-    for (int64_t i = 0; i < length; ++i) target[i] = source[i];
+    if (is_copied(from.dtype, length)) return copy_run(static_cast<const float*>(from.data) + element, length, target);
+    convert_to_floats(address(from, element), from.dtype, length, target);
   });
 }
 
 DGM_NOINLINE void write_tile(const float* from, const Output& to, const Rows& rows, const Pixels& pixels) {
   for_each_run(rows, pixels, [&](int64_t row, int64_t element, int64_t place, int64_t length) {
     const float* source = from + row * kTilePixels + place;
-    if (!is_short(to.dtype, length)) return convert_from_floats(source, length, to.dtype, address(to, element));
-    float* target = static_cast<float*>(to.data) + element;
-    for (int64_t i = 0; i < length; ++i) target[i] = source[i];
+    if (is_copied(to.dtype, length)) return copy_run(source, length, static_cast<float*>(to.data) + element);
+    convert_from_floats(source, length, to.dtype, address(to, element));
   });
 }
 

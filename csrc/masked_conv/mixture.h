@@ -17,11 +17,11 @@ namespace {
 constexpr float kMinDelta = 1e-12f;    // below it 1 - q is 2 delta, and is taken out of the quotient
 constexpr float kMaxDistance = 28.0f;  // beyond it t counts for nothing: the cube of exp(-28) is a normal number
 
-// The rows of a tile: of x, of the parameters (in the backward pass then of their gradients), and of each component the
-// exponent and the quotient.
+// The rows of a tile: of x, of the parameters (in the backward pass then of their gradients), of each component the
+// exponent and the quotient, and of each channel of each component 1 / s.
 struct MixtureTile {
   const MixtureArgs& args;
-  float *x, *parameters, *exponents, *quotients;
+  float *x, *parameters, *exponents, *quotients, *inverse_scales;
   const char* next = nullptr;  // the next tile's parameters in the tensor
   const char* to = nullptr;    // where this tile's gradients go
   int64_t row_bytes = 0;       // from one row of them to the next
@@ -34,6 +34,7 @@ struct MixtureTile {
     parameters = x + a.channels * kTilePixels;
     exponents = parameters + rows_of_parameters(a) * kTilePixels;
     quotients = exponents + a.mixtures * kTilePixels;
+    inverse_scales = quotients + a.mixtures * kTilePixels;
   }
 
   void read(const Pixels& pixels) {
@@ -65,6 +66,28 @@ struct MixtureTile {
   }
 };
 
+// What of a component's parameters does not need x: 1 / s, and coefficients as tanh, in their place. Here several are
+// in lockstep; beside all else of a component the processor would wait for one after the other.
+template <int kChannels>
+DGM_INLINE void prepare(const MixtureTile& tile, int64_t count) {
+  const int64_t rows = tile.args.mixtures * kTilePixels;
+  for (int channel = 0; channel < kChannels; ++channel) {
+    const float* log_scales = tile.of_channel<kChannels>(channel, 1);
+    float* inverse = tile.inverse_scales + channel * rows;
+    for (int64_t row = 0; row < rows; row += kTilePixels)
+      for_each_pack(count, [&](int64_t i, auto n) {
+        const auto log_scale = at_least(load_pack<n()>(log_scales + row + i), kMinLogScale);
+        store_pack(inverse + row + i, exponential_in_range(at_least(-log_scale, -105.0f)));
+      });
+    if constexpr (kChannels < 3) continue;
+    float* coefficients = tile.of_channel<3>(channel, 2);
+    for (int64_t row = 0; row < rows; row += kTilePixels)
+      for_each_pack(count, [&](int64_t i, auto n) {
+        store_pack(coefficients + row + i, hyperbolic_tangent(load_pack<n()>(coefficients + row + i)));
+      });
+  }
+}
+
 // A channel's value; `edge` is -1 at the lowest level, 1 at the highest, else 0.
 struct Value {
   F32 x, edge;
@@ -85,10 +108,10 @@ struct Logistic {
   F32 exponent;
 };
 
-DGM_INLINE Logistic logistic_at(const Value& value, F32 mean, F32 log_scale, float half, float max_log_scale) {
+DGM_INLINE Logistic logistic_at(const Value& value, F32 mean, F32 log_scale, F32 inverse_scale, float half,
+                                float max_log_scale) {
   Logistic l;
-  log_scale = at_least(log_scale, kMinLogScale);
-  l.inverse_scale = exponential_in_range(at_least(-log_scale, -105.0f));
+  l.inverse_scale = inverse_scale;
   l.u = (value.x - mean) * l.inverse_scale;
   l.delta = l.inverse_scale * half;
   l.widest = at_least(l.delta, kMinDelta);
@@ -123,7 +146,7 @@ DGM_INLINE Component<kChannels> component_at(const MixtureTile& tile, const Valu
   F32 means[kChannels];
   for (int i = 0; i < kChannels; ++i) means[i] = load(tile.of_channel<kChannels>(i, 0) + at);
   if constexpr (kChannels == 3) {
-    for (int i = 0; i < 3; ++i) c.coefficients[i] = hyperbolic_tangent(load(tile.of_channel<3>(i, 2) + at));
+    for (int i = 0; i < 3; ++i) c.coefficients[i] = load(tile.of_channel<3>(i, 2) + at);
     means[1] += c.coefficients[0] * values[0].x;
     means[2] += c.coefficients[1] * values[0].x + c.coefficients[2] * values[1].x;
   }
@@ -132,7 +155,8 @@ DGM_INLINE Component<kChannels> component_at(const MixtureTile& tile, const Valu
   DGM_UNROLL
   for (int i = 0; i < kChannels; ++i) {
     const F32 log_scale = load(tile.of_channel<kChannels>(i, 1) + at);
-    const Logistic l = logistic_at(values[i], means[i], log_scale, tile.args.half, max_log_scale);
+    const F32 inverse_scale = load(tile.inverse_scales + i * tile.args.mixtures * kTilePixels + at);
+    const Logistic l = logistic_at(values[i], means[i], log_scale, inverse_scale, tile.args.half, max_log_scale);
     c.channels[i] = l;
     c.exponent += l.exponent;
     above *= l.mass * l.s1;
@@ -243,17 +267,21 @@ DGM_INLINE void scale_gradients(const MixtureTile& tile, int64_t v, const Mixed&
 }
 
 template <int kChannels>
-DGM_NOINLINE void mixture_vector(const MixtureTile& tile, int64_t v, float* log_prob) {
-  store(log_prob, mix<kChannels>(tile, v, [](auto&&...) {}).log_prob);
+DGM_NOINLINE void mixture_tile(const MixtureTile& tile, int64_t count, float* log_prob) {
+  prepare<kChannels>(tile, count);
+  for (int64_t v = 0; v < count; v += kWidth) store(log_prob + v, mix<kChannels>(tile, v, [](auto&&...) {}).log_prob);
 }
 
 template <int kChannels>
-DGM_NOINLINE void mixture_backward_vector(const MixtureTile& tile, int64_t v, F32 grad) {
-  const Mixed mixed = mix<kChannels>(tile, v, [&](int64_t at, const auto& values, const auto& component) {
-    component_gradient(tile, at, values, component);
-    tile.prefetch<kChannels, true>((at - v) / kTilePixels, v);
-  });
-  scale_gradients<kChannels>(tile, v, mixed, grad);
+DGM_NOINLINE void mixture_backward_tile(const MixtureTile& tile, int64_t count, const float* grad) {
+  prepare<kChannels>(tile, count);
+  for (int64_t v = 0; v < count; v += kWidth) {
+    const Mixed mixed = mix<kChannels>(tile, v, [&](int64_t at, const auto& values, const auto& component) {
+      component_gradient(tile, at, values, component);
+      tile.prefetch<kChannels, true>((at - v) / kTilePixels, v);
+    });
+    scale_gradients<kChannels>(tile, v, mixed, load(grad + v));
+  }
 }
 
 }  // namespace
@@ -261,31 +289,31 @@ DGM_NOINLINE void mixture_backward_vector(const MixtureTile& tile, int64_t v, F3
 int64_t mixture_tile_pixels() { return kTilePixels; }
 
 int64_t mixture_scratch(const MixtureArgs& a) {
-  return (a.channels + MixtureTile::rows_of_parameters(a) + 2 * a.mixtures) * kTilePixels + kWidth;
+  return (a.channels + MixtureTile::rows_of_parameters(a) + (2 + a.channels) * a.mixtures) * kTilePixels + kWidth;
 }
 
 void mixture(const MixtureArgs& a, float* scratch, int64_t begin, int64_t end) {
   MixtureTile tile(a, scratch);
-  const auto vector = a.channels == 3 ? mixture_vector<3> : mixture_vector<1>;
+  const auto run = a.channels == 3 ? mixture_tile<3> : mixture_tile<1>;
   alignas(64) float log_prob[kTilePixels];
   for (int64_t i = begin; i < end; ++i) {
     const Pixels pixels = pixels_of_tile(a.pixels, a.plane, i);
     tile.read(pixels);
-    for (int64_t v = 0; v < pixels.count; v += kWidth) vector(tile, v, log_prob + v);
+    run(tile, pixels.count, log_prob);
     std::memcpy(a.log_prob + pixels.first, log_prob, pixels.count * sizeof(float));
   }
 }
 
 void mixture_backward(const MixtureArgs& a, float* scratch, int64_t begin, int64_t end) {
   MixtureTile tile(a, scratch);
-  const auto vector = a.channels == 3 ? mixture_backward_vector<3> : mixture_backward_vector<1>;
+  const auto run = a.channels == 3 ? mixture_backward_tile<3> : mixture_backward_tile<1>;
   const int64_t rows = MixtureTile::rows_of_parameters(a);
   alignas(64) float grad[kTilePixels] = {};
   for (int64_t i = begin; i < end; ++i) {
     const Pixels pixels = pixels_of_tile(a.pixels, a.plane, i);
     tile.read(pixels);
     std::memcpy(grad, a.grad + pixels.first, pixels.count * sizeof(float));
-    for (int64_t v = 0; v < pixels.count; v += kWidth) vector(tile, v, load(grad + v));
+    run(tile, pixels.count, grad);
     write_tile(tile.parameters, a.grad_parameters, {rows, 0, rows}, pixels);
   }
 }
