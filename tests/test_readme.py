@@ -34,6 +34,13 @@ def test_flows():
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters)
 
 
+def test_autoregressive_models():
+    names = section("Autoregressive models")
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names["network"].parameters())
+    assert names["images"].shape == (8, 1, 28, 28)
+    assert torch.equal(names["images"][:, :, :14], names["levels"][:, None, :14])
+
+
 def test_every_block_is_python():
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 5
