@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dgm_kernels import categorical_log_prob, discretized_logistic_mixture, gated_activation
 from dgm_kernels.masked_conv import op, reference
-from tests.cases import NATIVE as BUILT
+from tests.cases import NATIVE
 
-NATIVE = [name for name in BUILT if name in op.PIXEL_READY]
 BACKENDS = ["reference", *NATIVE]
 
 Size = tuple[int, ...]  # batch, then pixels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dgm_kernels as dgm
-from dgm_kernels.masked_conv import op, reference
+from dgm_kernels.masked_conv import reference
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
@@ -34,13 +34,11 @@ LARGE_SIZES = [(32, 64, 128, 28, 28), (90, 130, 190, 14, 14), (130, 190, 130, 7,
 
 
 @pytest.fixture(autouse=True)
-def triton(monkeypatch) -> Iterator[None]:
+def triton() -> Iterator[None]:
     """Every function on Triton; float32 without tf32, whose own tests switch it on."""
     state = dgm.backends()["triton"]
     if not state.startswith("available"):
         pytest.skip(state)
-    monkeypatch.setattr(op, "READY", op.BACKENDS)
-    monkeypatch.setattr(op, "PIXEL_READY", op.BACKENDS)
     with dgm.use_backend("triton"), float32_products("ieee"):
         yield
 

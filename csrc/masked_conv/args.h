@@ -46,10 +46,10 @@ struct WeightGradArgs {
   int64_t number = 0, kernel = 0;  // of taps that are live, and of all
   int64_t groups = 1;
   Operand grad, x;
-  float* grad_rows = nullptr;     // [panels, batch, pixels, panel]
-  float* x_rows = nullptr;        // [batch, pixels, inputs]
-  float* result = nullptr;        // [outputs, inputs, kernel]
-  int64_t taps_together = 1;      // a unit of work: so many taps of one tile of inputs and one panel of outputs
+  float* grad_rows = nullptr;  // [panels, batch, pixels, panel]
+  float* x_rows = nullptr;     // [batch, pixels, inputs]
+  float* result = nullptr;     // [outputs, inputs, kernel]
+  int64_t taps_together = 1;   // a unit of work: so many taps of one tile of inputs and one panel of outputs
 };
 
 }  // namespace dgm::masked_conv

@@ -123,8 +123,8 @@ DGM_NOINLINE void planes_to_rows(const Operand& x, const char* from, int64_t cha
 
 // Sums over the pixels of a sample of grad[pixel] * x[pixel + tap], for a tile of inputs and a panel of outputs.
 template <int kPositions>
-DGM_NOINLINE void correlate(const WeightGradArgs& a, const Tap& tap, const float* x, int64_t x_stride, const float* grad,
-                            float* totals) {
+DGM_NOINLINE void correlate(const WeightGradArgs& a, const Tap& tap, const float* x, int64_t x_stride,
+                            const float* grad, float* totals) {
   const int64_t begin = tap.dx < 0 ? -tap.dx : 0, end = tap.dx > 0 ? a.width - tap.dx : a.width;
   if (begin >= end) return;
   Sums<kPositions> sums = {};
@@ -166,9 +166,8 @@ DGM_NOINLINE void weight_grad_unit(const WeightGradArgs& a, int64_t panel, int64
     const float* grad = a.grad_rows + (panel * a.batch + sample) * plane * kPanel;
     for (int64_t t = first; t < last; ++t)
       if (connects(a.taps[t].rule, last_group, input * a.groups / a.inputs))
-        with_positions(positions, [&](auto n) {
-          correlate<n()>(a, a.taps[t], x, stride, grad, totals + (t - first) * kTotals);
-        });
+        with_positions(positions,
+                       [&](auto n) { correlate<n()>(a, a.taps[t], x, stride, grad, totals + (t - first) * kTotals); });
   }
   for (int64_t o = 0; o < outputs; ++o)
     for (int64_t i = 0; i < positions; ++i) {

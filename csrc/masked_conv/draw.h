@@ -47,7 +47,8 @@ class Draw {
         U64 words[4];
         philox(U64{} + static_cast<uint64_t>(pixel_ * groups_ + group), keys_[s], words);
         for (int j = 0; j < 4; ++j)
-          uniforms_[(s * groups_ + group) * 4 + j] = static_cast<float>(static_cast<uint32_t>(words[j][0])) * 0x1p-32f + 0x1p-33f;
+          uniforms_[(s * groups_ + group) * 4 + j] =
+              static_cast<float>(static_cast<uint32_t>(words[j][0])) * 0x1p-32f + 0x1p-33f;
       }
   }
 
@@ -80,7 +81,8 @@ class Draw {
   void draw_mixture(int64_t sample, const float* parameters, const float* uniform, float* input) {
     const int64_t k = draw_categorical(parameters, 1, mixtures_, uniform[0], sums_.data());
     const int64_t numbers = a_.channels == 3 ? 3 : 2;
-    const float last = static_cast<float>(a_.levels - 1), half = 0.5f * last, width = static_cast<float>(2.0 / (a_.levels - 1));
+    const float last = static_cast<float>(a_.levels - 1), half = 0.5f * last,
+                width = static_cast<float>(2.0 / (a_.levels - 1));
     float values[3];
     for (int64_t c = 0; c < a_.channels; ++c) {
       const auto parameter = [&](int64_t channel, int64_t j) {

@@ -82,7 +82,9 @@ class Generator {
     int64_t begin, count, offset;
   };
 
-  float* at(const Reference& r, int64_t x, int64_t sample) const { return at(a_.nodes[r.node], y_, x, sample) + r.channel; }
+  float* at(const Reference& r, int64_t x, int64_t sample) const {
+    return at(a_.nodes[r.node], y_, x, sample) + r.channel;
+  }
 
   float* at(const Node& node, int64_t y, int64_t x, int64_t sample) const {
     const int64_t row = node.rows == 1 ? 0 : y % node.rows;
@@ -169,8 +171,7 @@ class Generator {
     for (int j = 0; j < 4; ++j) four[j] = load_first(from[j] + k, left);
     transpose4(four);
     DGM_UNROLL
-    for (int lane = 0; lane < kWidth; lane += 4)
-      DGM_UNROLL
+    for (int lane = 0; lane < kWidth; lane += 4) DGM_UNROLL
     for (int j = 0; j < 4; ++j)
       std::memcpy(to + (lane + j) * kTileRow, reinterpret_cast<const float*>(&four[j]) + lane, 4 * sizeof(float));
   }
@@ -208,7 +209,7 @@ class Generator {
 
   template <int kPositions, int kPanels>
   [[gnu::noinline]] void run_panels(const Instruction& i, const Panel* panels, int64_t number, int64_t x,
-                                      int64_t first) {
+                                    int64_t first) {
     Sums<kPositions, kPanels> sums = {};
     accumulate(sources_.data(), number, sums);
     for (int p = 0; p < kPanels; ++p) {

@@ -39,13 +39,13 @@ struct Range {
 // Some results of an instruction. Many of them share vectors (kPanel weights for each input); of few, a dot product
 // each (weights of a result one after the other, `row` apart).
 struct Panel {
-  int64_t first, count;         // results
-  int64_t sums;                 // index of the first of them among the sums that enter the activation
-  int64_t time;                 // channels of the pixel that must have been drawn
+  int64_t first, count;  // results
+  int64_t sums;          // index of the first of them among the sums that enter the activation
+  int64_t time;          // channels of the pixel that must have been drawn
   bool dots;
-  int64_t bias = 0, size = 0;   // where its biases begin in the packed weights, and how long it is there
+  int64_t bias = 0, size = 0;     // where its biases begin in the packed weights, and how long it is there
   const Range* ranges = nullptr;  // of each term
-  int64_t together = 1;         // from this panel on, so many have the same ranges and may be computed at once
+  int64_t together = 1;           // from this panel on, so many have the same ranges and may be computed at once
 };
 
 struct Instruction {
@@ -55,7 +55,7 @@ struct Instruction {
   bool row_phase = false;
   std::vector<Term> terms;
   std::vector<Reference> adds, residuals;
-  std::vector<Panel> panels;        // by time
+  std::vector<Panel> panels;         // by time
   std::vector<int64_t> first_panel;  // of each time, and the number of them all
   int64_t gate_width() const { return channels / gate_groups; }
 };

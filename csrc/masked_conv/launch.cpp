@@ -210,8 +210,7 @@ at::Tensor weight_grad(const at::Tensor& grad, const at::Tensor& x, int64_t heig
                     "grad must have the batch and the pixels of x, ", x.sizes(), ", got ", grad.sizes());
   const Kernel kernel{static_cast<Layout>(layout), strict, groups, height, width, step_y, step_x};
   const std::vector<Tap> taps = kernel.taps(false);
-  const at::Tensor result =
-      at::zeros({grad.size(1), x.size(1), height, width}, at::TensorOptions(at::kFloat));
+  const at::Tensor result = at::zeros({grad.size(1), x.size(1), height, width}, at::TensorOptions(at::kFloat));
   if (result.numel() == 0 || x.numel() == 0) return result.to(x.scalar_type());
   WeightGradArgs args;
   args.batch = x.size(0), args.inputs = x.size(1), args.outputs = grad.size(1);
@@ -221,7 +220,8 @@ at::Tensor weight_grad(const at::Tensor& grad, const at::Tensor& x, int64_t heig
   args.grad = operand("grad", grad, grad), args.x = operand("x", x, x);
   const int64_t panel = DGM_PICK_ISA(panel_width)(), panels = ceil_divide(args.outputs, panel);
   const int64_t pixels = args.batch * args.height * args.width;
-  const at::Tensor grad_rows = floats(panels * pixels * panel), x_rows = floats(ceil_divide(args.inputs, 4) * 4 * pixels);
+  const at::Tensor grad_rows = floats(panels * pixels * panel),
+                   x_rows = floats(ceil_divide(args.inputs, 4) * 4 * pixels);
   args.grad_rows = grad_rows.mutable_data_ptr<float>(), args.x_rows = x_rows.mutable_data_ptr<float>();
   args.result = result.mutable_data_ptr<float>();
   args.taps_together = kMaxTapsTogether;

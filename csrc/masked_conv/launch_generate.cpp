@@ -21,8 +21,8 @@ PanelShape panel_shape() {
 // A constant as the generator reads a node: a pixel's channels of a sample one after the other.
 at::Tensor bind_constant(Node& node, const at::Tensor& constant, int64_t batch, int64_t height, int64_t width) {
   const bool of_pixels = node.kind == NodeKind::PixelConstant;
-  const bool fits = of_pixels ? constant.dim() == 4 && constant.size(2) == height && constant.size(3) == width
-                              : constant.dim() == 2;
+  const bool fits =
+      of_pixels ? constant.dim() == 4 && constant.size(2) == height && constant.size(3) == width : constant.dim() == 2;
   TORCH_CHECK_VALUE(fits && constant.size(1) == node.channels && (constant.size(0) == batch || constant.size(0) == 1) &&
                         constant.scalar_type() == at::kFloat && constant.is_cpu(),
                     "constants[", node.constant, "] must be float32 [", batch, ", ", node.channels,
@@ -66,12 +66,14 @@ void check_output(const GenerateArgs& args) {
                     "program has no output");
   const int64_t there = args.nodes[args.output.node].channels - args.output.channel;
   const int64_t each = args.kind == OutputKind::Categorical ? args.levels : 1;
-  const int64_t wanted = args.kind == OutputKind::LogisticMixture ? (args.channels == 3 ? 10 : 3) : args.channels * each;
+  const int64_t wanted =
+      args.kind == OutputKind::LogisticMixture ? (args.channels == 3 ? 10 : 3) : args.channels * each;
   TORCH_CHECK_VALUE(args.output.channel >= 0 && there >= wanted && args.levels >= 2, "program has too few outputs");
   TORCH_CHECK_VALUE(args.kind != OutputKind::LogisticMixture || args.channels == 1 || args.channels == 3,
                     "program must have 1 or 3 channels for a mixture, got ", args.channels);
   for (const int64_t channel : args.order)
-    TORCH_CHECK_VALUE(channel >= 0 && channel < args.channels, "program draws channel ", channel, " of ", args.channels);
+    TORCH_CHECK_VALUE(channel >= 0 && channel < args.channels, "program draws channel ", channel, " of ",
+                      args.channels);
 }
 
 }  // namespace
@@ -89,11 +91,10 @@ at::Tensor generate(const at::Tensor& program, const at::Tensor& packed, at::Ten
   Program decoded = decode(program, panel_shape());
   locate(decoded, packed, panel_shape());
   GenerateArgs& args = decoded.args;
-  TORCH_CHECK_VALUE(given.dim() == 4 && given.size(1) == args.channels && given.size(2) == args.height &&
-                        given.size(3) == args.width && given.scalar_type() == at::kLong && given.is_contiguous() &&
-                        given.is_cpu(),
-                    "given must be int64 [batch, ", args.channels, ", ", args.height, ", ", args.width, "], got ",
-                    given.sizes());
+  TORCH_CHECK_VALUE(
+      given.dim() == 4 && given.size(1) == args.channels && given.size(2) == args.height &&
+          given.size(3) == args.width && given.scalar_type() == at::kLong && given.is_contiguous() && given.is_cpu(),
+      "given must be int64 [batch, ", args.channels, ", ", args.height, ", ", args.width, "], got ", given.sizes());
   TORCH_CHECK_VALUE(known.scalar_type() == at::kBool, "known must be bool, got ", known.scalar_type());
   TORCH_CHECK_VALUE(!present(noise) && stream >= 0, "noise must be named by a key");
   check_layout("known", known, given);
@@ -103,8 +104,7 @@ at::Tensor generate(const at::Tensor& program, const at::Tensor& packed, at::Ten
   if (result.numel() == 0) return result;
   args.given = given.const_data_ptr<int64_t>(), args.known = known.const_data_ptr<bool>();
   args.result = result.mutable_data_ptr<int64_t>();
-  args.noise =
-      noise_args(noise, seed_tensor, seed, key_step_tensor, key_step, samples, first_sample, stream, given);
+  args.noise = noise_args(noise, seed_tensor, seed, key_step_tensor, key_step, samples, first_sample, stream, given);
   args.scale = static_cast<float>(scale), args.offset = static_cast<float>(offset);
   std::vector<at::Tensor> held;
   bind_nodes(args, constants, held);

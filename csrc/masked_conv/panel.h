@@ -45,8 +45,7 @@ constexpr int64_t kChain = 128, kPixelChain = 16;
 template <int kPositions, int kPanels>
 DGM_INLINE void move(Sums<kPositions, kPanels>& sums, Sums<kPositions, kPanels>& totals) {
   DGM_UNROLL
-  for (int p = 0; p < kPanels; ++p)
-    DGM_UNROLL
+  for (int p = 0; p < kPanels; ++p) DGM_UNROLL
   for (int m = 0; m < kPositions; ++m)
     for (int half = 0; half < 2; ++half) {
       totals.v[p][m][half] += sums.v[p][m][half];
@@ -99,8 +98,7 @@ DGM_INLINE void transpose(const F32 (&sums)[kPositions][2], float* to) {
         if (m + j < kPositions) four[j] = sums[m + j][half];
       transpose4(four);
       DGM_UNROLL
-      for (int j = 0; j < 4; ++j)
-        DGM_UNROLL
+      for (int j = 0; j < 4; ++j) DGM_UNROLL
       for (int lane = 0; lane < kWidth; lane += 4)
         std::memcpy(to + (half * kWidth + lane + j) * kTileRow + m, reinterpret_cast<const float*>(&four[j]) + lane,
                     4 * sizeof(float));

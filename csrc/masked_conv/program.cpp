@@ -86,8 +86,8 @@ const int64_t* degrees_of(at::TensorList degrees, int64_t index, int64_t size) {
   if (index < 0) return nullptr;
   TORCH_CHECK_VALUE(index < static_cast<int64_t>(degrees.size()), "degrees must have ", index + 1, " tensors at least");
   const at::Tensor& tensor = degrees[index];
-  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kLong && tensor.is_contiguous() && tensor.numel() == size,
-                    "degrees[", index, "] must be int64 [", size, "], got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == at::kLong && tensor.is_contiguous() && tensor.numel() == size, "degrees[",
+                    index, "] must be int64 [", size, "], got ", tensor.sizes());
   return tensor.const_data_ptr<int64_t>();
 }
 
@@ -215,7 +215,8 @@ void check(const Program& program) {
                         "program must read images and values at the row of the pixel or above");
     }
     for (const Panel& panel : i.panels)
-      TORCH_CHECK_VALUE(panel.first >= 0 && panel.first + panel.count <= i.channels, "program has blocks beyond a node");
+      TORCH_CHECK_VALUE(panel.first >= 0 && panel.first + panel.count <= i.channels,
+                        "program has blocks beyond a node");
   }
 }
 
@@ -257,8 +258,7 @@ Program decode(const at::Tensor& encoded, PanelShape shape) {
     node.constant = words();
     args.nodes.push_back(node);
   }
-  for (int64_t i = 0; i < instructions; ++i)
-    args.instructions.push_back(decode_instruction(words, program, shape));
+  for (int64_t i = 0; i < instructions; ++i) args.instructions.push_back(decode_instruction(words, program, shape));
   check(program);
   set_history(args);
   for (const Instruction& i : args.instructions) {
@@ -282,9 +282,9 @@ at::Tensor pack(Program& program, at::TensorList weights, at::TensorList degrees
     for (size_t p = 0; p < instruction.panels.size(); ++p)
       for (size_t t = 0; t < instruction.terms.size(); ++t) {
         const Source source = source_of(program.weights[i][t], weights, degrees, sums);
-        TORCH_CHECK_VALUE(instruction.terms[t].channel + source.inputs <=
-                              program.args.nodes[instruction.terms[t].node].channels,
-                          "program names channels that node ", instruction.terms[t].node, " does not have");
+        TORCH_CHECK_VALUE(
+            instruction.terms[t].channel + source.inputs <= program.args.nodes[instruction.terms[t].node].channels,
+            "program names channels that node ", instruction.terms[t].node, " does not have");
         jobs.push_back({static_cast<int64_t>(i), static_cast<int64_t>(p), static_cast<int64_t>(t),
                         static_cast<int64_t>(program.ranges.size())});
         sources.push_back(source);
@@ -303,7 +303,8 @@ at::Tensor pack(Program& program, at::TensorList weights, at::TensorList degrees
   float* to = packed.mutable_data_ptr<float>();
   for (size_t r = 0; r < program.ranges.size(); ++r) {
     TORCH_CHECK_VALUE(program.ranges[r].begin + program.ranges[r].count < 1 << 24, "weights must have fewer inputs");
-    to[2 * r] = static_cast<float>(program.ranges[r].begin), to[2 * r + 1] = static_cast<float>(program.ranges[r].count);
+    to[2 * r] = static_cast<float>(program.ranges[r].begin),
+           to[2 * r + 1] = static_cast<float>(program.ranges[r].count);
   }
   locate(program, packed, shape);
   for (size_t i = 0; i < program.args.instructions.size(); ++i)
@@ -337,8 +338,8 @@ void locate(Program& program, const at::Tensor& packed, PanelShape shape) {
       at += shape.panel;
       for (size_t t = 0; t < instruction.terms.size(); ++t, ++range) {
         const Term& term = instruction.terms[t];
-        TORCH_CHECK_VALUE(range->begin >= 0 && range->count >= 0 && term.channel + range->begin + range->count <=
-                                                                        program.args.nodes[term.node].channels,
+        TORCH_CHECK_VALUE(range->begin >= 0 && range->count >= 0 &&
+                              term.channel + range->begin + range->count <= program.args.nodes[term.node].channels,
                           "packed belongs to another program");
         range->weights = at;
         at += weights_of(panel, *range, shape);

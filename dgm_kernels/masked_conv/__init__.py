@@ -222,7 +222,7 @@ def _conv(
 ) -> Tensor:
     check_epilogue(x, weight, groups, gated, condition)
     x, weight, bias = in_one_dtype(x, weight, bias)
-    backend = select(x.device, (x, weight, bias), natives=op.READY)
+    backend = select(x.device, (x, weight, bias), natives=op.BACKENDS)
     if backend == "reference":
         kernel = Kernel(layout, strict, groups, weight.shape[2], weight.shape[3], dilation)
         y = reference.masked_conv(x, weight, bias, kernel)
@@ -293,7 +293,7 @@ def gated_activation(x: Tensor, condition: Tensor | None = None, *, channel_grou
     if groups > 1:
         x = x.reshape(shape[0] * groups, shape[1] // groups, *shape[2:])
         condition = condition if condition is None else condition.reshape(x.shape[0], x.shape[1], *condition.shape[2:])
-    backend = select(x.device, (x, condition), natives=op.PIXEL_READY)
+    backend = select(x.device, (x, condition), natives=op.BACKENDS)
     if backend == "reference":
         y = reference.gated_activation(x, condition)
     else:
@@ -330,7 +330,7 @@ def discretized_logistic_mixture(x: Tensor, parameters: Tensor, *, levels: int =
     check_mixture(x, parameters)
     levels = check_levels(levels)
     refusal = "x with a gradient is differentiated by the reference" if x.requires_grad else None
-    backend = select(x.device, (x, parameters), refusal, natives=op.PIXEL_READY)
+    backend = select(x.device, (x, parameters), refusal, natives=op.BACKENDS)
     if backend == "reference":
         work = torch.float64 if torch.float64 in (x.dtype, parameters.dtype) else torch.float32
         return reference.discretized_logistic_mixture(x.to(work), parameters.to(work), levels)
@@ -390,7 +390,7 @@ def categorical_log_prob(x: Tensor, logits: Tensor, *, dim: int = 1) -> Tensor:
     dim = check_categorical(x, logits, dim)
     outer, levels, inner = math.prod(logits.shape[:dim]), logits.shape[dim], math.prod(logits.shape[dim + 1 :])
     flat, merged = x.reshape(outer, inner), logits.reshape(outer, levels, inner)
-    backend = select(logits.device, (logits,), natives=op.PIXEL_READY)
+    backend = select(logits.device, (logits,), natives=op.BACKENDS)
     if backend == "reference":
         return reference.categorical_log_prob(flat, _wide(merged)).view(x.shape)
     grad = torch.is_grad_enabled() and logits.requires_grad

@@ -13,8 +13,6 @@ from .taps import Kernel, Layout
 
 _TRITON = "dgm_kernels.masked_conv.triton"
 BACKENDS = ("cpp", "triton")
-READY: tuple[str, ...] = ("cpp",)
-PIXEL_READY = READY
 _KERNEL = "int layout, bool strict, int groups, SymInt step_y, SymInt step_x"  # what taps.Kernel says of the masks
 
 
