@@ -43,3 +43,11 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def thread_counts() -> Iterator[tuple[int, ...]]:
+    """Numbers of threads to try; the one before is set again."""
+    before = torch.get_num_threads()
+    yield 1, 2, 3
+    torch.set_num_threads(before)

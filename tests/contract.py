@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten
 
+ROOT = Path(__file__).resolve().parents[1]
+
 Outputs = Any  # a tensor, or tensors nested in tuples, lists and dicts
 
 
@@ -153,8 +155,7 @@ def assert_passes_interpreted(file: str) -> None:
     """The tests of class ``TestInterpreted`` in this file pass where Triton interprets its kernels."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::TestInterpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -170,6 +171,31 @@ def _outputs_and_grads(fn: Callable[..., Outputs], args: Sequence[Any]) -> list[
 
 def _tensors(outputs: Outputs) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
+
+
+def results_of_instruction_sets(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What a script saves to its last argument under each instruction set that this CPU has; it prints the backend."""
+    results = {}
+    for isa in ("default", "avx2", "avx512"):
+        command = [sys.executable, "-c", script, *arguments, str(folder / isa)]
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+        if isa in done.stdout:
+            results[isa] = torch.load(folder / isa)
+    return results
+
+
+def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of ``run`` and its result, after a call that compiles and allocates."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
 
 
 def _paired(*outputs: Outputs) -> list[tuple[Tensor, ...]]:

@@ -1,9 +1,5 @@
 """The rest of the contract of the coupling op: layouts, threads, compilation, transforms, dtypes, instruction sets."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from tests.contract import (
     assert_compiles,
     assert_inputs_unchanged,
     assert_vmap,
+    results_of_instruction_sets,
     strided_variants,
 )
 from tests.coupling_cases import (
@@ -145,13 +142,6 @@ def test_inputs_unchanged_and_repeatable(case, backend):
             with assert_inputs_unchanged(*operands):
                 with_grads(case, operands)
             assert_bitwise_repeatable(lambda operands=operands: with_grads(case, operands))
-
-
-@pytest.fixture
-def thread_counts() -> Iterator[tuple[int, ...]]:
-    before = torch.get_num_threads()
-    yield 1, 2, 3
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -304,13 +294,7 @@ print(backends()["cpp"])
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
-    results = {}
-    for isa in ("default", "avx2", "avx512"):
-        command = [sys.executable, "-c", ISA_SCRIPT, str(tmp_path / isa)]
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
-        if isa in done.stdout:  # else this CPU does not have it
-            results[isa] = torch.load(tmp_path / isa)
+    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
     for outputs in results.values():
         for ours, theirs in zip(outputs, results["default"], strict=True):
             for a, b in zip(ours, theirs, strict=True):

@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tests.contract import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_inputs_unchanged,
+    capture,
     strided_variants,
 )
 from tests.coupling_cases import (
@@ -148,19 +148,6 @@ class TestContract:
     def test_autocast(self):
         operands = on_device(AFFINE_CASES[0], (3, 16), torch.bfloat16)
         assert_autocast_like(dgm.affine_coupling, eager_affine, operands, device_type=DEVICE)
-
-
-def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of ``run`` and its result, after a call that compiles and allocates."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 class TestDevice:

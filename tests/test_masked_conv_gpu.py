@@ -17,6 +17,7 @@ from tests.contract import (
     assert_compiles,
     assert_inputs_unchanged,
     assert_parity,
+    capture,
     strided_variants,
 )
 from tests.masked_conv_cases import CASES, EMPTY_SIZES, SIZES, SMALL_SIZE, ConvCase
@@ -237,19 +238,6 @@ class TestContract:
     def test_autocast(self, case):
         operands = on_device(case, SMALL_SIZE)
         assert_autocast_like(case.call, case.call_eager, operands, device_type=DEVICE)
-
-
-def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of ``run`` and its result, after a call that compiles and allocates."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]

@@ -1,9 +1,5 @@
 """Gate, mixture of discretized logistics and categorical distribution: values, gradients and the contract of an op."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +15,7 @@ from tests.contract import (
     assert_inputs_unchanged,
     assert_parity,
     assert_vmap,
+    results_of_instruction_sets,
     strided_variants,
 )
 from tests.pixel_cases import (
@@ -205,13 +202,6 @@ def test_inputs_unchanged_and_repeatable(case, backend):
         assert_bitwise_repeatable(lambda: case.results(case.call, operands))
 
 
-@pytest.fixture
-def thread_counts() -> Iterator[tuple[int, ...]]:
-    before = torch.get_num_threads()
-    yield 1, 2, 3
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("backend", NATIVE)
 @every_case
 def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
@@ -366,13 +356,7 @@ def test_instruction_sets_agree(backend, tmp_path):
     sizes = ((3, 38), (2, 7, 9), (70,))
     made = [(i, case.make(size, dtype)) for i, case in enumerate(CASES) for dtype in DTYPES for size in sizes]
     torch.save(made, tmp_path / "operands")
-    results = {}
-    for isa in ("default", "avx2", "avx512"):
-        command = [sys.executable, "-c", ISA_SCRIPT, str(tmp_path / "operands"), str(tmp_path / isa)]
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
-        if isa in done.stdout:  # else this CPU does not have it
-            results[isa] = torch.load(tmp_path / isa)
+    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path, str(tmp_path / "operands"))
     for outputs in results.values():
         for ours, theirs in zip(outputs, results["default"], strict=True):
             for a, b in zip(ours, theirs, strict=True):

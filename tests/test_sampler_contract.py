@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from tests.contract import (
     assert_compiles,
     assert_inputs_unchanged,
     assert_vmap,
+    results_of_instruction_sets,
     strided_variants,
 )
 from tests.eager_sampler import eager_step
@@ -264,13 +262,7 @@ print(d.backends()["cpp"])
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
     """The default and the AVX2 builds give the numbers of the widest one: the same integers, normals to a few ulp."""
-    results = {}
-    for isa in ("default", "avx2", "avx512"):
-        command = [sys.executable, "-c", ISA_SCRIPT, str(tmp_path / isa)]
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa}
-        done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
-        if isa in done.stdout:  # else this CPU does not have it
-            results[isa] = torch.load(tmp_path / isa)
+    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
     for wide, narrow, bits in results.values():
         torch.testing.assert_close(wide, results["default"][0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(narrow, results["default"][1], rtol=1e-3, atol=1e-3)

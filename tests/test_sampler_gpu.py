@@ -8,7 +8,7 @@ import torch
 import dgm_kernels as dgm
 from dgm_kernels._core import noise
 from dgm_kernels.sampler import reference
-from tests.contract import assert_bitwise_repeatable, assert_compiles, max_error
+from tests.contract import assert_bitwise_repeatable, assert_compiles, capture, max_error
 from tests.sampler_op import (
     FORMS,
     SHAPES,
@@ -186,7 +186,7 @@ class TestDevice:
             dgm.sampler_step(x, m, table, step, noise=dgm.NoiseKey(seed), out=x)
             step.add_(1)
 
-        graph = capture(run)
+        graph, _ = capture(run)
         start = torch.randn_like(x)
         for new_seed in (5, 6):
             expected = start
@@ -200,7 +200,7 @@ class TestDevice:
     def test_a_graph_replays_the_loss(self, backend):
         call = training_call((3, 7001), torch.float32, "drawn device_key", DEVICE)
         results = []
-        graph = capture(lambda: results.append(native_loss(backend, call)))
+        graph, _ = capture(lambda: results.append(native_loss(backend, call)))
         call["t"].add_(1), call["args"][1].add_(1), call["x0"].neg_()
         graph.replay()
         for replayed, expected in zip(results[-1], native_loss(backend, call), strict=True):
@@ -254,19 +254,6 @@ class TestDevice:
         for row in range(shape[0]):
             expected = uniforms_at(elements, args, row)
             assert torch.equal(drawn[row, -1000:].cpu(), expected.to(torch.bfloat16))
-
-
-def capture(run) -> torch.cuda.CUDAGraph:
-    """A graph of ``run``, after a call that compiles and allocates."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def uniforms_at(elements: torch.Tensor, args: noise.OpArgs, row: int) -> torch.Tensor:

@@ -42,14 +42,6 @@ DGM_INLINE Pack<F32, N> load_pack(const float* from) {
   return x;
 }
 
-// Vectors in lockstep: the chain from a raw parameter to its scale is long, and one alone does not fill the pipelines
-// (measured best of 1, 2, 3, 4, 6 and 8).
-#if defined(__AVX512F__)
-constexpr int kLockstep = 4;
-#else
-constexpr int kLockstep = 1;
-#endif
-
 template <class Vector>
 DGM_INLINE void for_each_vector(int64_t count, const Vector& vector) {
   int64_t i = 0;

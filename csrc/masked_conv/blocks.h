@@ -76,13 +76,6 @@ DGM_INLINE Pack<F32, N> reciprocal(Pack<F32, N> x) {
   return x;
 }
 
-// Vectors in lockstep: as many as the registers hold.
-#if defined(__AVX512F__)
-constexpr int kLockstep = 4;
-#else
-constexpr int kLockstep = 1;
-#endif
-
 // Calls body(element, std::integral_constant<int, vectors in lockstep>).
 template <class Body>
 DGM_INLINE void for_each_pack(int64_t count, const Body& body) {
