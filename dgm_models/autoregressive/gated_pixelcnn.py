@@ -68,7 +68,7 @@ class GatedPixelCNN(Autoregressive):
         output: str | None = None,
         levels: int = 2,
         mixtures: int = 5,
-        networks: int = 6,
+        networks: int = 10,
         num_classes: int | None = None,
     ) -> None:
         channels, _, _ = check_image(image_shape)
