@@ -5,8 +5,6 @@
 
 namespace dgm::masked_conv {
 
-constexpr int64_t kMaxTaps = 1024;  // that are live in a kernel: what they read is listed on the stack
-
 // Which channels a tap connects, given the groups of its output and its input channel.
 enum class Rule : int32_t { Dead, Full, Less, LessEqual };
 
@@ -33,23 +31,25 @@ struct ConvArgs {
   const float* bias = nullptr;  // a whole number of panels
   Operand x;
   Output y;
-  int64_t parts = 1;  // a sample's panels are worked on in so many parts
+  int64_t areas = 1,
+          panel_parts = 1;  // so many units of work of a sample: parts of its pixels times parts of its panels
 };
 
 // Taps that a unit of work of the weight's gradient has at most: their sums are on the stack.
-constexpr int64_t kMaxTapsTogether = 8;
+constexpr int64_t kTapsTogether = 8;
 
-// Gradient of the weight.
+// Gradient of the weight: products of two maps, of which one lies in panels and the other one in tiles. The wider of a
+// few results and many inputs lies in panels: the maps are then exchanged, and the taps turned over.
 struct WeightGradArgs {
-  int64_t batch = 0, inputs = 0, outputs = 0, height = 0, width = 0;
+  int64_t batch = 0, inputs = 0, outputs = 0, height = 0, width = 0;  // inputs in tiles, outputs in panels
   const Tap* taps = nullptr;
-  int64_t number = 0, kernel = 0;  // of taps that are live, and of all
-  int64_t groups = 1;
-  Operand grad, x;
-  float* grad_rows = nullptr;  // [panels, batch, pixels, panel]
-  float* x_rows = nullptr;     // [batch, pixels, inputs]
-  float* result = nullptr;     // [outputs, inputs, kernel]
-  int64_t taps_together = 1;   // a unit of work: so many taps of one tile of inputs and one panel of outputs
+  int64_t number = 0, groups = 1;
+  bool exchanged = false;
+  Operand grad, x;                              // in panels, in tiles
+  float* grad_rows = nullptr;                   // [panels, batch, pixels, panel]
+  float* x_rows = nullptr;                      // [batch, pixels, inputs]
+  float* result = nullptr;                      // of the whole kernel
+  int64_t output_stride = 0, input_stride = 0;  // in it
 };
 
 }  // namespace dgm::masked_conv

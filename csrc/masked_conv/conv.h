@@ -30,16 +30,33 @@ DGM_INLINE void read_row(const char* from, DType dtype, int64_t count, float* to
   }
 }
 
-// The sample's rows into the middle of `padded`, whose border stays as it is.
-DGM_NOINLINE void copy_padded(const ConvArgs& a, int64_t sample, float* padded) {
+// A part of a picture: rows [top, bottom), columns [begin, end).
+struct Area {
+  int64_t top, bottom, begin, end;
+};
+
+// Part `index` of the pixels of a sample: whole rows, of a picture of one row whole tiles.
+DGM_INLINE Area area_of(const ConvArgs& a, int64_t index) {
+  if (a.height > 1) return {a.height * index / a.areas, a.height * (index + 1) / a.areas, 0, a.width};
+  const Pieces pieces(a.width);
+  const int64_t first = pieces.number * index / a.areas, last = pieces.number * (index + 1) / a.areas;
+  return {0, 1, pieces.begin(first), pieces.begin(last)};
+}
+
+// What an area reads of the sample, into the middle of `padded`, whose border stays as it is.
+DGM_NOINLINE void copy_padded(const ConvArgs& a, int64_t sample, const Area& area, float* padded) {
+  const int64_t below = a.padded_height - a.above - a.height, right = a.padded_width - a.left - a.width;
+  const int64_t top = area.top > a.above ? area.top - a.above : 0,
+                begin = area.begin > a.left ? area.begin - a.left : 0;
+  const int64_t bottom = area.bottom + below < a.height ? area.bottom + below : a.height;
+  const int64_t end = area.end + right < a.width ? area.end + right : a.width;
   const char* from = sample_of(a.x, sample, a.inputs * a.height * a.width);
-  const int64_t row = a.width * element_size(a.x.dtype);
-  for (int64_t c = 0; c < a.inputs; ++c) {
-    float* to = padded + (c * a.padded_height + a.above) * a.padded_width + a.left;
-    for (int64_t y = 0; y < a.height; ++y, from += row, to += a.padded_width) {
-      read_row(from, a.x.dtype, a.width, to);
+  for (int64_t c = 0; c < a.inputs; ++c)
+    for (int64_t y = top; y < bottom; ++y) {
+      const char* row = from + ((c * a.height + y) * a.width + begin) * element_size(a.x.dtype);
+      float* to = padded + (c * a.padded_height + a.above + y) * a.padded_width + a.left + begin;
+      read_row(row, a.x.dtype, end - begin, to);
     }
-  }
 }
 
 // `positions` pixels of one panel from the sums: `to` is the first pixel of the panel's first channel.
@@ -69,16 +86,16 @@ DGM_NOINLINE void conv_tile(const Source* sources, int64_t number, const float* 
   write_tile(sums.v[0], channels, dtype, to, plane);
 }
 
-DGM_NOINLINE void conv_panel(const ConvArgs& a, const float* padded, int64_t sample, int64_t panel) {
-  const Pieces pieces(a.width);
+DGM_NOINLINE void conv_panel(const ConvArgs& a, const float* padded, int64_t sample, int64_t panel, const Area& area,
+                             Source* sources) {
+  const Pieces pieces(area.end - area.begin);
   const int64_t plane = a.height * a.width, padded_plane = a.padded_height * a.padded_width;
   const int64_t first = panel * kPanel, left = a.outputs - first, channels = left < kPanel ? left : kPanel;
   const float* bias = a.bias ? a.bias + first : nullptr;
-  Source sources[kMaxTaps];
   char* to = static_cast<char*>(a.y.data) + (sample * a.outputs + first) * plane * element_size(a.y.dtype);
-  for (int64_t y = 0; y < a.height; ++y) {
+  for (int64_t y = area.top; y < area.bottom; ++y) {
     for (int64_t piece = 0; piece < pieces.number; ++piece) {
-      const int64_t x = pieces.begin(piece);
+      const int64_t x = area.begin + pieces.begin(piece);
       int64_t number = 0;
       for (int64_t t = 0; t < a.number; ++t) {
         const Block& block = a.blocks[panel * a.number + t];
@@ -146,9 +163,12 @@ DGM_NOINLINE void correlate(const WeightGradArgs& a, const Tap& tap, const float
     }
 }
 
-DGM_INLINE bool connects(Rule rule, int64_t output_group, int64_t input_group) {
-  if (rule == Rule::Less) return input_group < output_group;
-  return rule == Rule::LessEqual ? input_group <= output_group : rule == Rule::Full;
+// Whether a tap connects the output, of a panel, and the input, of a tile.
+DGM_INLINE bool connects(const WeightGradArgs& a, Rule rule, int64_t output, int64_t input) {
+  const int64_t of_output = output * a.groups / a.outputs, of_input = input * a.groups / a.inputs;
+  const int64_t after = a.exchanged ? of_input : of_output, before = a.exchanged ? of_output : of_input;
+  if (rule == Rule::Less) return before < after;
+  return rule == Rule::LessEqual ? before <= after : rule == Rule::Full;
 }
 
 DGM_INLINE int64_t padded_inputs(const WeightGradArgs& a) { return (a.inputs + 3) / 4 * 4; }
@@ -157,26 +177,26 @@ DGM_INLINE int64_t padded_inputs(const WeightGradArgs& a) { return (a.inputs + 3
 DGM_NOINLINE void weight_grad_unit(const WeightGradArgs& a, int64_t panel, int64_t input, int64_t positions,
                                    int64_t first, int64_t last, float* totals) {
   constexpr int64_t kTotals = kTile * kPanel;
-  const int64_t plane = a.height * a.width, stride = padded_inputs(a);
-  const int64_t outputs = a.outputs - panel * kPanel < kPanel ? a.outputs - panel * kPanel : kPanel;
-  const int64_t last_group = (panel * kPanel + outputs - 1) * a.groups / a.outputs;
+  const int64_t plane = a.height * a.width, stride = padded_inputs(a), begin = panel * kPanel;
+  const int64_t outputs = a.outputs - begin < kPanel ? a.outputs - begin : kPanel;
+  // Groups are intervals: if these two are not connected, none are.
+  const int64_t output = a.exchanged ? begin : begin + outputs - 1;
+  const int64_t nearest_input = a.exchanged ? input + positions - 1 : input;
   std::memset(totals, 0, (last - first) * kTotals * sizeof(float));
   for (int64_t sample = 0; sample < a.batch; ++sample) {
     const float* x = a.x_rows + sample * plane * stride + input;
     const float* grad = a.grad_rows + (panel * a.batch + sample) * plane * kPanel;
     for (int64_t t = first; t < last; ++t)
-      if (connects(a.taps[t].rule, last_group, input * a.groups / a.inputs))
+      if (connects(a, a.taps[t].rule, output, nearest_input))
         with_positions(positions,
                        [&](auto n) { correlate<n()>(a, a.taps[t], x, stride, grad, totals + (t - first) * kTotals); });
   }
   for (int64_t o = 0; o < outputs; ++o)
-    for (int64_t i = 0; i < positions; ++i) {
-      const int64_t output = panel * kPanel + o;
-      float* to = a.result + (output * a.inputs + input + i) * a.kernel;
+    for (int64_t i = 0; i < positions; ++i)
       for (int64_t t = first; t < last; ++t)
-        if (connects(a.taps[t].rule, output * a.groups / a.outputs, (input + i) * a.groups / a.inputs))
-          to[a.taps[t].index] = totals[(t - first) * kTotals + i * kPanel + o];
-    }
+        if (connects(a, a.taps[t].rule, begin + o, input + i))
+          a.result[(begin + o) * a.output_stride + (input + i) * a.input_stride + a.taps[t].index] =
+              totals[(t - first) * kTotals + i * kPanel + o];
 }
 
 }  // namespace

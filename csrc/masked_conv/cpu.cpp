@@ -12,16 +12,17 @@ namespace DGM_ISA_NAMESPACE {
 
 int64_t panel_width() { return kPanel; }
 
-int64_t tile_length() { return kTile; }
-
 void conv(const ConvArgs& a, float* scratch, int64_t begin, int64_t end) {
   const int64_t panels = panels_of(a.outputs);
+  Array<Source> sources(a.number);
   for (int64_t unit = begin, copied = -1; unit < end; ++unit) {
-    const int64_t sample = unit / a.parts, part = unit % a.parts;
-    if (sample != copied) copy_padded(a, sample, scratch);
-    copied = sample;
-    for (int64_t panel = panels * part / a.parts; panel < panels * (part + 1) / a.parts; ++panel)
-      conv_panel(a, scratch, sample, panel);
+    const int64_t part = unit % a.panel_parts, index = unit / a.panel_parts;
+    const int64_t sample = index / a.areas;
+    const Area area = area_of(a, index % a.areas);
+    if (index != copied) copy_padded(a, sample, area, scratch);
+    copied = index;
+    for (int64_t panel = panels * part / a.panel_parts; panel < panels * (part + 1) / a.panel_parts; ++panel)
+      conv_panel(a, scratch, sample, panel, area, sources.data());
   }
 }
 
@@ -40,17 +41,17 @@ void weight_grad_rows(const WeightGradArgs& a, int64_t begin, int64_t end) {
 }
 
 int64_t weight_grad_units(const WeightGradArgs& a) {
-  const int64_t groups = (a.number + a.taps_together - 1) / a.taps_together;
+  const int64_t groups = (a.number + kTapsTogether - 1) / kTapsTogether;
   return panels_of(a.outputs) * Pieces(a.inputs).number * groups;
 }
 
 void weight_grad(const WeightGradArgs& a, int64_t begin, int64_t end) {
-  const int64_t groups = (a.number + a.taps_together - 1) / a.taps_together;
+  const int64_t groups = (a.number + kTapsTogether - 1) / kTapsTogether;
   const Pieces inputs(a.inputs);
-  alignas(64) float totals[kMaxTapsTogether * kTile * kPanel];
+  alignas(64) float totals[kTapsTogether * kTile * kPanel];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit % groups, piece = unit / groups % inputs.number, panel = unit / groups / inputs.number;
-    const int64_t first = group * a.taps_together, last = first + a.taps_together;
+    const int64_t first = group * kTapsTogether, last = first + kTapsTogether;
     weight_grad_unit(a, panel, inputs.begin(piece), inputs.length(piece), first, last < a.number ? last : a.number,
                      totals);
   }

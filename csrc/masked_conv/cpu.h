@@ -7,11 +7,10 @@
 
 namespace dgm::masked_conv {
 
-// conv works on units [begin, end) of (sample, part) with a zeroed scratch for one padded sample. The gradient of the
-// weight first turns samples [begin, end) into rows, then works on units of (panel, tile of inputs, group of taps).
-// generate draws samples [first, first + samples).
-DGM_DECLARE_PER_ISA(int64_t panel_width(); int64_t tile_length();
-                    void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end);
+// conv works on units [begin, end) of (sample, area, part of the panels) with a zeroed scratch for one padded sample.
+// The gradient of the weight first turns samples [begin, end) into rows, then works on units of (panel, tile of inputs,
+// group of taps). generate draws samples [first, first + samples).
+DGM_DECLARE_PER_ISA(int64_t panel_width(); void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end);
                     void weight_grad_rows(const WeightGradArgs& args, int64_t begin, int64_t end);
                     int64_t weight_grad_units(const WeightGradArgs& args);
                     void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end);

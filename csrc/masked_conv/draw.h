@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/elementary.h"
 #include "common/philox.h"
 #include "masked_conv/generate_args.h"
 #include "masked_conv/panel.h"
@@ -13,16 +14,26 @@ namespace DGM_ISA_NAMESPACE {
 
 namespace {
 
-// The entry whose part of (0, 1] `uniform` falls into.
-DGM_INLINE int64_t draw_categorical(const float* logits, int64_t stride, int64_t levels, float uniform, double* sums) {
+// The entry whose part of (0, 1] `uniform` falls into; `sums` has room for one number an entry.
+DGM_INLINE int64_t draw_categorical(const float* logits, int64_t levels, float uniform, double* sums) {
   float most = logits[0];
-  for (int64_t v = 1; v < levels; ++v) most = std::fmax(most, logits[v * stride]);
+  for (int64_t v = 1; v < levels; ++v) most = logits[v] > most ? logits[v] : most;
   double total = 0.0;
-  for (int64_t v = 0; v < levels; ++v) sums[v] = total += static_cast<double>(std::exp(logits[v * stride] - most));
+  for (int64_t v = 0; v < levels; v += kWidth) {
+    const int64_t left = levels - v;
+    const F32 weights = exponential_in_range(at_least(load_first(logits + v, left) - most, -105.0f));
+    for (int64_t i = 0; i < kWidth && i < left; ++i) sums[v + i] = total += static_cast<double>(weights[i]);
+  }
   const float bound = uniform * static_cast<float>(total);
-  int64_t level = 0;
-  while (level + 1 < levels && static_cast<float>(sums[level]) < bound) ++level;
-  return level;
+  int64_t low = 0, high = levels - 1;  // the sums rise: the first that reaches the bound
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (static_cast<float>(sums[middle]) < bound)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
 }
 
 class Draw {
@@ -32,7 +43,7 @@ class Draw {
         first_(first),
         samples_(samples),
         groups_((args.channels + (args.kind == OutputKind::LogisticMixture) + 3) / 4),
-        mixtures_(args.nodes[args.output.node].channels / (args.channels == 3 ? 10 : 3)),
+        mixtures_((args.nodes[args.output.node].channels - args.output.channel) / (args.channels == 3 ? 10 : 3)),
         keys_(samples),
         uniforms_(samples * groups_ * 4),
         sums_(mixtures_ > args.levels ? mixtures_ : args.levels) {
@@ -60,13 +71,10 @@ class Draw {
       return;
     }
     const int64_t channel = a_.order[step];
-    int64_t level;
-    if (a_.kind == OutputKind::Bernoulli) {
-      const float logits[2] = {0.0f, output[channel]};
-      level = draw_categorical(logits, 1, 2, uniform[channel], sums_.data());
-    } else {
-      level = draw_categorical(output + channel * a_.levels, 1, a_.levels, uniform[channel], sums_.data());
-    }
+    const int64_t level =
+        a_.kind == OutputKind::Bernoulli
+            ? uniform[channel] > 1.0f / (1.0f + std::exp(output[channel]))
+            : draw_categorical(output + channel * a_.levels, a_.levels, uniform[channel], sums_.data());
     put(sample, channel, level, input);
   }
 
@@ -79,7 +87,7 @@ class Draw {
   }
 
   void draw_mixture(int64_t sample, const float* parameters, const float* uniform, float* input) {
-    const int64_t k = draw_categorical(parameters, 1, mixtures_, uniform[0], sums_.data());
+    const int64_t k = draw_categorical(parameters, mixtures_, uniform[0], sums_.data());
     const int64_t numbers = a_.channels == 3 ? 3 : 2;
     const float last = static_cast<float>(a_.levels - 1), half = 0.5f * last,
                 width = static_cast<float>(2.0 / (a_.levels - 1));
@@ -89,7 +97,7 @@ class Draw {
         return parameters[mixtures_ + (channel * numbers + j) * mixtures_ + k];
       };
       float mean = parameter(c, 0);
-      for (int64_t earlier = 0; c > 0 && numbers == 3 && earlier < c; ++earlier)  // coefficient 0: of red for green
+      for (int64_t earlier = 0; numbers == 3 && earlier < c; ++earlier)  // coefficient 0: of red for green
         mean += std::tanh(parameter(c - 1 + earlier, 2)) * values[earlier];
       const float u = std::fmin(std::fmax(uniform[1 + c], 1e-5f), static_cast<float>(1.0 - 1e-5));
       const float log_scale = std::fmax(parameter(c, 1), kMinLogScale);

@@ -15,20 +15,6 @@ namespace {
 // in the second-level cache beside a panel of weights.
 constexpr int64_t kTogether = 4 * kTile;
 
-DGM_INLINE F32 load_first(const float* from, int64_t count) {
-  if (count >= kWidth) return load(from);
-  F32 value = {};
-  std::memcpy(&value, from, count * sizeof(float));
-  return value;
-}
-
-DGM_INLINE void store_first(float* to, F32 value, int64_t count) {
-  if (count >= kWidth)
-    store(to, value);
-  else
-    std::memcpy(to, &value, count * sizeof(float));
-}
-
 DGM_INLINE F32 activated(Activation activation, F32 x) {
   switch (activation) {
     case Activation::Relu:

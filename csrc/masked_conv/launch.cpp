@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #include "masked_conv/cpu.h"
@@ -38,17 +39,18 @@ struct Kernel {
     return strict ? Rule::Dead : Rule::Full;
   }
 
-  // The live taps; turned over for the gradient of the input.
-  std::vector<Tap> taps(bool turned) const {
+  // The live taps that read pixels of a picture of this size; turned over for the gradient of the input.
+  std::vector<Tap> taps(bool turned, const at::Tensor& x) const {
     const int64_t centre_row = layout == Layout::Raster ? height / 2 : height - 1;
     const int64_t centre_column = layout == Layout::Horizontal ? width - 1 : width / 2, sign = turned ? -1 : 1;
     std::vector<Tap> live;
     for (int64_t row = 0; row < height; ++row)
-      for (int64_t column = 0; column < width; ++column)
-        if (rule(row, column) != Rule::Dead)
-          live.push_back({row * width + column, sign * (row - centre_row) * step_y,
-                          sign * (column - centre_column) * step_x, rule(row, column)});
-    TORCH_CHECK_VALUE(live.size() <= kMaxTaps, "weight must have at most ", kMaxTaps, " live taps, got ", live.size());
+      for (int64_t column = 0; column < width; ++column) {
+        const int64_t dy = sign * (row - centre_row) * step_y, dx = sign * (column - centre_column) * step_x;
+        const bool inside = std::abs(dy) < x.size(2) && std::abs(dx) < x.size(3);
+        if (inside && rule(row, column) != Rule::Dead)
+          live.push_back({row * width + column, dy, dx, rule(row, column)});
+      }
     return live;
   }
 };
@@ -160,13 +162,16 @@ at::Tensor run(const at::Tensor& x, int64_t channels, const std::vector<Tap>& ta
   args.blocks = packing.blocks.data(), args.packed = packing.weights.const_data_ptr<float>();
   args.bias = bias;
   args.x = operand("x", x, x), args.y = output("y", y, y);
-  const int64_t panels = ceil_divide(channels, DGM_PICK_ISA(panel_width)()), threads = at::get_num_threads();
+  const int64_t panels = ceil_divide(channels, DGM_PICK_ISA(panel_width)());
   const int64_t work = packing.weights.numel() * args.height * args.width;  // multiplications a sample
-  args.parts = std::clamp<int64_t>(std::min(ceil_divide(4 * threads, args.batch), work / kWorthAThread), 1, panels);
+  const int64_t units =
+      std::min(ceil_divide(4 * at::get_num_threads(), args.batch), work / kWorthAThread);  // of a sample
+  args.areas = std::clamp<int64_t>(units, 1, args.height > 1 ? args.height : ceil_divide(args.width, 16));
+  args.panel_parts = std::clamp<int64_t>(ceil_divide(units, args.areas), 1, panels);
   const auto conv = DGM_PICK_ISA(conv);
-  const int64_t scratch = args.inputs * args.padded_height * args.padded_width;
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread * args.parts / std::max<int64_t>(work, 1));
-  at::parallel_for(0, args.batch * args.parts, grain, [&](int64_t begin, int64_t end) {
+  const int64_t scratch = args.inputs * args.padded_height * args.padded_width, parts = args.areas * args.panel_parts;
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread * parts / std::max<int64_t>(work, 1));
+  at::parallel_for(0, args.batch * parts, grain, [&](int64_t begin, int64_t end) {
     const at::Tensor padded = at::zeros({scratch}, at::TensorOptions(at::kFloat));
     conv(args, padded.mutable_data_ptr<float>(), begin, end);
   });
@@ -181,7 +186,7 @@ at::Tensor conv(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   check_images("x", x, weight.size(1));
   const int64_t panel = DGM_PICK_ISA(panel_width)(), outputs = weight.size(0);
   const Kernel kernel{static_cast<Layout>(layout), strict, groups, weight.size(2), weight.size(3), step_y, step_x};
-  const std::vector<Tap> taps = kernel.taps(false);
+  const std::vector<Tap> taps = kernel.taps(false, x);
   std::vector<float> start;
   if (present(bias)) {
     TORCH_CHECK_VALUE(bias->numel() == outputs && bias->is_cpu(), "bias must have ", outputs, " elements");
@@ -198,7 +203,7 @@ at::Tensor input_grad(const at::Tensor& grad, const at::Tensor& weight, int64_t 
   check_kernel(weight, groups);
   check_images("grad", grad, weight.size(0));
   const Kernel kernel{static_cast<Layout>(layout), strict, groups, weight.size(2), weight.size(3), step_y, step_x};
-  const std::vector<Tap> taps = kernel.taps(true);
+  const std::vector<Tap> taps = kernel.taps(true, grad);
   const Packing packing = Packer(weight, taps, groups, true, DGM_PICK_ISA(panel_width)()).pack();
   return run(grad, weight.size(1), taps, packing, nullptr);
 }
@@ -209,22 +214,24 @@ at::Tensor weight_grad(const at::Tensor& grad, const at::Tensor& x, int64_t heig
   TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.sizes().slice(2) == x.sizes().slice(2),
                     "grad must have the batch and the pixels of x, ", x.sizes(), ", got ", grad.sizes());
   const Kernel kernel{static_cast<Layout>(layout), strict, groups, height, width, step_y, step_x};
-  const std::vector<Tap> taps = kernel.taps(false);
   const at::Tensor result = at::zeros({grad.size(1), x.size(1), height, width}, at::TensorOptions(at::kFloat));
   if (result.numel() == 0 || x.numel() == 0) return result.to(x.scalar_type());
   WeightGradArgs args;
-  args.batch = x.size(0), args.inputs = x.size(1), args.outputs = grad.size(1);
+  args.exchanged = grad.size(1) < DGM_PICK_ISA(panel_width)() / 2 && grad.size(1) < x.size(1);
+  const at::Tensor &in_panels = args.exchanged ? x : grad, &in_tiles = args.exchanged ? grad : x;
+  const std::vector<Tap> taps = kernel.taps(args.exchanged, x);
+  args.batch = x.size(0), args.inputs = in_tiles.size(1), args.outputs = in_panels.size(1);
   args.height = x.size(2), args.width = x.size(3);
-  args.taps = taps.data(), args.number = static_cast<int64_t>(taps.size()), args.kernel = height * width;
-  args.groups = groups;
-  args.grad = operand("grad", grad, grad), args.x = operand("x", x, x);
+  args.taps = taps.data(), args.number = static_cast<int64_t>(taps.size()), args.groups = groups;
+  args.output_stride = args.exchanged ? height * width : x.size(1) * height * width;
+  args.input_stride = args.exchanged ? x.size(1) * height * width : height * width;
+  args.grad = operand("grad", in_panels, in_panels), args.x = operand("x", in_tiles, in_tiles);
   const int64_t panel = DGM_PICK_ISA(panel_width)(), panels = ceil_divide(args.outputs, panel);
   const int64_t pixels = args.batch * args.height * args.width;
   const at::Tensor grad_rows = floats(panels * pixels * panel),
                    x_rows = floats(ceil_divide(args.inputs, 4) * 4 * pixels);
   args.grad_rows = grad_rows.mutable_data_ptr<float>(), args.x_rows = x_rows.mutable_data_ptr<float>();
   args.result = result.mutable_data_ptr<float>();
-  args.taps_together = kMaxTapsTogether;
   const auto rows = DGM_PICK_ISA(weight_grad_rows);
   at::parallel_for(0, args.batch, std::max<int64_t>(1, kWorthAThread * args.batch / x.numel()),
                    [&](int64_t begin, int64_t end) { rows(args, begin, end); });

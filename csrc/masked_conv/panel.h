@@ -106,6 +106,20 @@ DGM_INLINE void transpose(const F32 (&sums)[kPositions][2], float* to) {
   }
 }
 
+DGM_INLINE F32 load_first(const float* from, int64_t count) {
+  if (count >= kWidth) return load(from);
+  F32 value = {};
+  std::memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+
+DGM_INLINE void store_first(float* to, F32 value, int64_t count) {
+  if (count >= kWidth)
+    store(to, value);
+  else
+    std::memcpy(to, &value, count * sizeof(float));
+}
+
 // Calls function(std::integral_constant<int, n>) for the n that is `positions`, 1 to kTile.
 template <int kPositions = kTile, class Function>
 DGM_INLINE void with_positions(int64_t positions, Function function) {
