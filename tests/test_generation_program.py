@@ -36,8 +36,7 @@ from .generation_networks import CASES
 def program_of(network: nn.Module, shape: tuple[int, ...], condition: Tensor | None = None, **settings: Any) -> Program:
     sampler = incremental_sampler(network, shape, **settings)
     sampler(1 if condition is None else len(condition), condition=condition)
-    assert sampler._compiled is not None
-    return sampler._compiled.program
+    return list(sampler._compiled.values())[-1].program
 
 
 def case_program(name: str) -> Program:
@@ -243,6 +242,41 @@ def test_what_two_read_is_not_merged() -> None:
     assert program.instructions[1].residuals[0].scale == 0.5
 
 
+@pytest.mark.parametrize("part", [slice(0, 3), slice(2, 5), slice(3, 6)], ids=str)
+def test_output_is_a_node_of_its_own(part: slice) -> None:
+    """Where the network returns a part of a feature map: executors draw from all channels of a node."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = MaskedConv2d(1, 6, 3, mask_type="A")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)[:, part]
+
+    program = program_of(Network(), (1, 4, 4), levels=3)
+    assert program.output.channel == 0 and program.nodes[program.output.node].channels == 3
+
+
+def test_constants_of_all_samples_have_a_batch_of_one() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = MaskedConv2d(1, 1, 3, mask_type="A")
+            self.places = nn.Parameter(torch.randn(1, 1, 3, 4))
+
+        def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+            return self.first(x) + self.places + condition[:, None, None, None]
+
+    sampler, condition = incremental_sampler(Network(), (1, 3, 4), output="bernoulli"), torch.randn(5)
+    with torch.no_grad():
+        compiled, env = sampler._compile(sampler._call(5, NoiseKey(0), None, condition, None, None))
+        shapes = {tuple(constant.shape) for constant in sampler._operands(compiled, env)[1]}
+    assert shapes == {(1, 1, 3, 4), (5, 1)}
+    drawn, expected = (draw(5, key=NoiseKey(0), condition=condition) for draw in (sampler, sampler.naive))
+    assert torch.equal(drawn, expected)
+
+
 def test_constants_are_nodes() -> None:
     kinds = Counter(node.kind for node in case_program("gated_sample_condition").nodes)
     assert kinds[Kind.SAMPLE_CONSTANT] > 0 and kinds[Kind.PIXEL_CONSTANT] == 0
@@ -321,7 +355,7 @@ def executor_of(name: str, batch: int, key: NoiseKey) -> tuple[Executor, Tensor]
     expected = sampler.naive(batch, key=key, condition=condition)
     call = sampler._call(batch, key, None, condition, None, None)
     compiled, env = sampler._compile(call)
-    weights, constants = sampler._operands(compiled, env, batch)
+    weights, constants = sampler._operands(compiled, env)
     given, known = (t.flatten(2).permute(2, 0, 1).contiguous() for t in (call.given, call.known))
     executor = sampler._executor(compiled, weights, constants, given, known, sampler._uniform(call))
     return executor, expected.flatten(2) if expected.dim() > 2 else expected[:, :, None]

@@ -84,10 +84,22 @@ def test_mixture_of_dependent_colours_is_refused() -> None:
 # ---- Operations that are not known.
 
 
-def _hidden_in_place(h: Tensor, layers: nn.ModuleDict) -> Tensor:
-    kept = h
-    h += 1.0  # torch.fx takes it for h = h + 1
-    return kept * h
+def _write_to_a_part(h: Tensor, layers: nn.ModuleDict) -> Tensor:
+    first, second = h.chunk(2, dim=1)
+    first += second
+    return h
+
+
+def _write_to_the_whole(h: Tensor, layers: nn.ModuleDict) -> Tensor:
+    first = h[:, :3]
+    h.mul_(2.0)
+    return layers["three"](first)
+
+
+def _write_behind_dropout(h: Tensor, layers: nn.ModuleDict) -> Tensor:
+    same = F.dropout(h, 0.5, training=False)
+    same -= 1.0
+    return h + same
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[Tensor, nn.ModuleDict], Tensor], str]] = {
@@ -96,7 +108,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[Tensor, nn.ModuleDict], Tensor], str]] = 
     "alpha": (lambda h, layers: F.elu(h, alpha=2.0), r"elu in the network: alpha=2\.0, only 1"),
     "dimension": (lambda h, layers: torch.cat([h, h], dim=2)[:, :, :4], r"cat in the network: dimension 2"),
     "index": (lambda h, layers: h[:, :, :1] + h, r"getitem in the network: the index"),
-    "quotient": (lambda h, layers: h / (h * h + 1.0), r"truediv in the network: division by a tensor"),
+    "quotient": (
+        lambda h, layers: h / (h * h + 1.0),
+        r"truediv in the network: division by a tensor that depends on the image",
+    ),
     "kernel": (
         lambda h, layers: F.conv2d(h, torch.ones(6, 6, 3, 3), padding=1),
         r"conv2d in the network: padding of a kernel that is not masked",
@@ -110,8 +125,18 @@ UNSUPPORTED: dict[str, tuple[Callable[[Tensor, nn.ModuleDict], Tensor], str]] = 
         lambda h, layers: h if h.sum() > 0 else -h,
         r"network cannot be traced by torch\.fx: .* inputs to control flow",
     ),
-    "in_place": (_hidden_in_place, r"computes something else, up to [0-9.]* away; does it write to tensors"),
-    "noise": (lambda h, layers: h + torch.randn(6, 1, 1), r"computes something else"),
+    "part": (_write_to_a_part, r"iadd in the network: it writes to memory that is read later as .* masked_conv2d in "),
+    "whole": (_write_to_the_whole, r"mul_ in the network: it writes to memory that is read later as .* getitem in "),
+    "dropout": (_write_behind_dropout, r"isub in the network: it writes to memory that is read later"),
+    "noise": (
+        lambda h, layers: h + torch.randn(6, 1, 1),
+        r"computes something else, up to [0-9.]* away; does it write to tensors or draw random numbers",
+    ),
+    "keyword": (lambda h, layers: torch.mul(h, other=2.0), r"mul in the network: .* keyword argument 'other'"),
+    "parameter": (
+        lambda h, layers: h * layers["conv"].bias.sum().item(),
+        r"mul in the network: item in the network is a number computed from the condition or from parameters",
+    ),
 }
 
 
@@ -122,6 +147,60 @@ def test_unsupported_operations(name: str) -> None:
     for _ in range(2):  # the second call, too, does not find a program
         with pytest.raises(ValueError, match=message):
             sampler(1)
+
+
+class _Conditioned(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = MaskedConv2d(1, 1, 3, mask_type="A")
+        self.function = function
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.function(self.first(x), condition)
+
+
+def test_numbers_computed_from_the_condition() -> None:
+    network = _Conditioned(lambda h, condition: h * condition.mean().item())
+    sampler = incremental_sampler(network, (1, 3, 3), output="bernoulli")
+    for batch in (1, 2):
+        with pytest.raises(ValueError, match="item in the network is a number computed from the condition"):
+            sampler(batch, condition=torch.ones(batch, 2))
+
+
+def test_numbers_that_depend_on_the_batch() -> None:
+    network = _Conditioned(lambda h, condition: h * condition.shape[1] / h.shape[0])
+    sampler = incremental_sampler(network, (1, 3, 3), output="bernoulli")
+    for _ in range(2):
+        assert sampler(1, condition=torch.ones(1, 2)).shape == (1, 1, 3, 3)
+        with pytest.raises(ValueError, match="depends on how many samples there are, 1 with one, 3 with 3"):
+            sampler(3, condition=torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_hooks(norm: Callable[[nn.Module], nn.Module], place: int) -> None:
+    network = nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="A"), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    norm(network[place])
+    message = rf"Conv2d in module '{place}' has forward hooks.*spectral_norm .* torch\.nn\.utils\.parametrizations"
+    sampler = incremental_sampler(network, (1, 3, 3), output="bernoulli")
+    for method in (sampler, sampler.naive):
+        with pytest.raises(ValueError, match=message):
+            method(1)
+    assert isinstance(network[place].weight, Tensor)
+
+
+def test_hooks_of_later() -> None:
+    network = nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="A"), nn.ReLU(), nn.Conv2d(4, 1, 1))
+    sampler = incremental_sampler(network, (1, 3, 3), output="bernoulli")
+    sampler(1)
+    hook = network[1].register_forward_hook(lambda module, inputs, result: 3.0 * result)
+    with pytest.raises(ValueError, match="ReLU in module '1' has forward hooks"):
+        sampler(1)
+    hook.remove()
+    network.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(ValueError, match="Sequential in the network has forward hooks"):
+        sampler(1)
 
 
 def test_unsupported_module_is_named() -> None:
@@ -147,7 +226,20 @@ def test_bad_settings(shape: tuple[int, ...], settings: dict[str, object], messa
         incremental_sampler(PixelCNN(1, 1), shape, **settings)  # type: ignore[arg-type]
 
 
+def test_mixtures_know_whole_pixels() -> None:
+    network = MaskedConv2d(3, 10, 3, mask_type="A")
+    sampler = incremental_sampler(network, (3, 4, 4), output="logistic_mixture")
+    given, red = torch.zeros(3, 4, 4, dtype=torch.int64), torch.tensor([True, False, False])
+    message = "known must be the same for all channels of a pixel with output 'logistic_mixture'"
+    for method in (sampler, sampler.naive):
+        with pytest.raises(ValueError, match=message):
+            method(2, given=given, known=red[:, None, None])
+        assert method(2, given=given, known=torch.eye(4, dtype=torch.bool)).shape == (2, 3, 4, 4)
+
+
 def test_outputs_that_do_not_fit() -> None:
+    with pytest.raises(TypeError, match="output must be a str, got list"):
+        incremental_sampler(PixelCNN(1, 1), (1, 4, 4), output=["bernoulli"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="scale must be a number, got str"):
         incremental_sampler(PixelCNN(1, 1), (1, 4, 4), scale="1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"network must be an nn\.Module, got function"):
@@ -180,6 +272,7 @@ _TRUE = torch.tensor(True)
         (ValueError, {"batch": -1}, "batch must be at least 0, got -1"),
         (TypeError, {"key": 3}, "key must be a NoiseKey, got int"),
         (ValueError, {"key": NoiseKey(0), "generator": torch.Generator()}, "generator draws a key"),
+        (TypeError, {"generator": 3}, r"generator must be a torch\.Generator or None, got int"),
         (
             ValueError,
             {"key": NoiseKey(0, samples=torch.arange(3))},

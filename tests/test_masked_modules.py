@@ -326,6 +326,29 @@ def test_the_linear_layer_has_the_state_of_nn_linear():
     assert not torch.equal(strict(x.double()), loose(x.double()))
 
 
+@pytest.mark.parametrize("under", [True, False])
+def test_degrees_survive_the_meta_device(under):
+    """Made there or moved there: ``to_empty`` and a state dict give the layer back."""
+    full, x = MaskedLinear(*DEGREES), torch.randn(3, 4)
+    if under:
+        with torch.device("meta"):
+            layer = MaskedLinear(*DEGREES)
+    else:
+        layer = copy.deepcopy(full).to("meta")
+    assert layer.weight.is_meta and layer(x.to("meta")).shape == (3, 5)
+    for _ in range(2):
+        layer = copy.deepcopy(layer).to_empty(device="cpu")
+        layer.load_state_dict(full.state_dict())
+        assert torch.equal(layer(x), full(x))
+
+
+def test_degrees_that_changed_survive_the_meta_device():
+    layer = MaskedLinear(*DEGREES)
+    layer.in_degrees.copy_(DEGREES[0].flip(0))
+    layer.to("meta").to_empty(device="cpu")
+    assert torch.equal(layer.in_degrees, DEGREES[0].flip(0)) and torch.equal(layer.out_degrees, DEGREES[1])
+
+
 def test_the_linear_layer_is_initialised_by_its_live_inputs():
     counts = linear_mask(*DEGREES, False).sum(1).clamp(min=1)
     layers = [MaskedLinear(*DEGREES) for _ in range(200)]
@@ -400,6 +423,11 @@ def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
         ),
         "out_degrees float": (lambda: MaskedLinear(d, o.float()), TypeError, "^out_degrees must be an int64 tensor"),
         "in_degrees matrix": (lambda: MaskedLinear(d[None], o), ValueError, "^in_degrees must have one dimension"),
+        "meta degrees": (
+            lambda: MaskedLinear(d, o.to("meta")),
+            ValueError,
+            "^out_degrees must hold values, got a tensor on the meta device",
+        ),
         "out_degrees empty": (lambda: MaskedLinear(d, o[:0]), ValueError, "^out_degrees must have one dimension"),
         "linear x": (linear([1.0], w, None, d, o), TypeError, "^x must be a tensor, got list"),
         "linear weight": (linear(x, None, None, d, o), TypeError, "^weight must be a tensor, got NoneType"),

@@ -100,7 +100,7 @@ class Draw {
       for (int64_t earlier = 0; numbers == 3 && earlier < c; ++earlier)  // coefficient 0: of red for green
         mean += std::tanh(parameter(c - 1 + earlier, 2)) * values[earlier];
       const float u = std::fmin(std::fmax(uniform[1 + c], 1e-5f), static_cast<float>(1.0 - 1e-5));
-      const float log_scale = std::fmax(parameter(c, 1), kMinLogScale);
+      const float raw = parameter(c, 1), log_scale = raw < kMinLogScale ? kMinLogScale : raw;  // NaN stays: level 0
       const float drawn = mean + std::exp(log_scale) * (std::log(u) - std::log1p(-u));
       const float level = std::nearbyint((std::fmin(std::fmax(drawn, -1.0f), 1.0f) + 1.0f) * half);
       values[c] = level * width - 1.0f;

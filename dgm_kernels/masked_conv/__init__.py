@@ -250,14 +250,10 @@ def _gated_conv(
     grad: bool,
 ) -> Tensor:
     """The convolution with the gated activation in the same kernel."""
-    stand_in = x.new_empty(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])  # for the result of the convolution
-    check_gate(stand_in, condition)
-    half = weight.shape[0] // 2
-    check_groups(settings[2], half, half, "half the channels of x", "half of them")
     if condition is not None:
         grad = grad or (torch.is_grad_enabled() and condition.requires_grad)
-        whole = condition.shape == stand_in.shape
-        condition = condition.contiguous() if whole else condition.reshape(stand_in.shape[:2])
+        shape = (x.shape[0], weight.shape[0], *x.shape[2:])  # of the convolution's result
+        condition = condition.contiguous() if condition.shape == shape else condition.reshape(shape[:2])
     return ops.call(op.gated["triton"], grad, x, weight, bias, condition, *settings, grad)[0]
 
 

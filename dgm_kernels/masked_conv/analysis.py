@@ -25,14 +25,15 @@ def compile_program(low: Lowering, output: View, kind: Output, levels: int) -> t
     """
     low.origin = "the network's output"
     result = low.contiguous(output)
-    if low.nodes[result.node].kind != Kind.VALUE:  # executors compute what they draw from
+    node = low.nodes[result.node]
+    if node.kind != Kind.VALUE or node.channels != output.channels:  # executors draw from a node that they compute
         result = low.emit(output.channels, adds=(result,)).segments[0].operand()
     _assign_phases(low)
     depends = _same_pixel(low)
     order = _drawing_order(low, result, depends, kind, levels)
     instructions = fuse(low, _alive(low.instructions, result.node), result.node)
-    place = torch.zeros(low.image[0], dtype=torch.int64)
-    place[list(order)] = torch.arange(len(order))
+    place = torch.zeros(low.image[0], dtype=torch.int64, device="cpu")
+    place[list(order)] = torch.arange(len(order), device="cpu")
     instructions = [_with_blocks(i, _times(depends[i.out.node], place)) for i in instructions]
     nodes, instructions, result = _without_unused(low.nodes, instructions, result)
     degrees = tuple(degree.value.to("cpu", copy=True) for degree in low.degrees)
@@ -67,12 +68,12 @@ def _assign_phases(low: Lowering) -> None:
 def _same_pixel(low: Lowering) -> list[Tensor]:
     """For each node: which of its channels see which input channels of the same pixel, bool ``[channels, C]``."""
     colours = low.image[0]
-    depends = [torch.zeros(node.channels, colours, dtype=torch.bool) for node in low.nodes]
-    depends[0] = torch.eye(colours, dtype=torch.bool)
+    depends = [torch.zeros(node.channels, colours, dtype=torch.bool, device="cpu") for node in low.nodes]
+    depends[0] = torch.eye(colours, dtype=torch.bool, device="cpu")
     for i in low.instructions:
         if i.row_phase:
             continue
-        sums = torch.zeros(i.sums, colours, dtype=torch.bool)
+        sums = torch.zeros(i.sums, colours, dtype=torch.bool, device="cpu")
         for term in i.terms:
             if term.dy == term.dx == 0:
                 sums |= _through(low, term, depends[term.source.node])
@@ -106,7 +107,7 @@ def _drawing_order(low: Lowering, result: Operand, depends: list[Tensor], kind: 
         return (0,)
     per_channel = levels if kind == Output.CATEGORICAL else 1
     needs = parameters[: colours * per_channel].view(colours, per_channel, colours).any(1)
-    missing, drawn = needs.sum(1), torch.zeros(colours, dtype=torch.bool)
+    missing, drawn = needs.sum(1), torch.zeros(colours, dtype=torch.bool, device="cpu")
     order: list[int] = []
     for _ in range(colours):
         ready = ((missing == 0) & ~drawn).nonzero()

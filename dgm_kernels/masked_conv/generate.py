@@ -21,13 +21,14 @@ from .checks import check_levels, mixtures_of, positive_int
 from .generate_reference import Executor, draw
 from .lowering import Environment, Recipe
 from .program import Output, Program
-from .trace import Trace, evaluating
+from .trace import Trace, computing, evaluating
 
 _OUTPUTS = {
     "bernoulli": Output.BERNOULLI,
     "categorical": Output.CATEGORICAL,
     "logistic_mixture": Output.LOGISTIC_MIXTURE,
 }
+_FORMS = 4  # how many programs a sampler keeps: with and without a condition, say
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the program's output to the network's; else 0.1
 
 
@@ -44,14 +45,17 @@ def incremental_sampler(
 
     A forward pass of the network for every pixel computes the features of all pixels anew. The generator keeps them:
     for a pixel it computes those that depend on it, for a row those that depend on the rows above, and draws. With the
-    same key it draws the same samples as those passes (:meth:`IncrementalSampler.naive`), whatever the batch.
+    same key it draws the same samples as those passes (:meth:`IncrementalSampler.naive`), whatever the batch, but for
+    draws that rounding decides: rare ones in float32, more in 16 bits, where the generator computes in float32.
 
     The network may consist of :func:`masked_conv2d`, :func:`vertical_conv2d`, :func:`horizontal_conv2d`,
     :func:`causal_conv1d`, :func:`gated_activation`, :func:`masked_linear` and their modules, convolutions of kernel
     size 1, dense layers over features, relu, elu, silu, tanh, sigmoid, sums, products, concatenating and splitting of
     channels, and dropout, which is off. What depends only on the condition or on parameters may be anything: PyTorch
     computes it at each call. The first call traces the network with torch.fx and compares the result with its output;
-    weights may change afterwards, the structure may not.
+    weights may change afterwards, the structure may not: attributes that are numbers, not tensors, are read once.
+    Modules with forward hooks are refused. While a network is traced torch.fx has changed how modules are called: no
+    other thread may call one.
 
     Args:
         network: ``network(x)`` or ``network(x, condition)`` with x ``[batch, *image_shape]``, level v as
@@ -93,15 +97,19 @@ def _number(name: str, value: object, default: float) -> float:
     return float(value)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Compiled:
-    """A traced network, for conditions of one form."""
+    """A traced network, for conditions of one form.
 
-    form: tuple[object, ...]
+    Args:
+        verified: it has computed what the network computes when the network's output depended on the image.
+    """
+
     trace: Trace
     program: Program
     weights: list[Recipe]
     encoded: Tensor
+    verified: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +139,8 @@ class IncrementalSampler:
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
         if not isinstance(image_shape, (tuple, list)) or not 1 <= len(image_shape) <= 3:
             raise ValueError(f"image_shape must be (C, H, W), (C, T) or (D,), got {image_shape!r}")
+        if not isinstance(output, str):
+            raise TypeError(f"output must be a str, got {type(output).__name__}")
         if output not in _OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(map(repr, _OUTPUTS))}, got {output!r}")
         self.network = getattr(network, "_orig_mod", network)  # of what torch.compile returned
@@ -147,7 +157,7 @@ class IncrementalSampler:
         channels, *pixels = self.image_shape
         height, width = [1] * (2 - len(pixels)) + pixels
         self._image = (channels, height, width)
-        self._compiled: _Compiled | None = None
+        self._compiled: dict[tuple[object, ...], _Compiled] = {}  # by form, the one that was used last at the end
 
     def __call__(
         self,
@@ -168,7 +178,7 @@ class IncrementalSampler:
                 component before them. None draws a seed from ``generator``, or PyTorch's generator.
             condition: the second argument of the network, ``[batch, ...]``.
             given: int64 levels ``[batch, *image_shape]`` or ``[*image_shape]`` that are not drawn where ``known``.
-            known: bool, broadcast to ``[batch, *image_shape]``.
+            known: bool, broadcast to ``[batch, *image_shape]``; of a logistic mixture, whole pixels.
 
         Returns:
             int64 ``[batch, *image_shape]`` in 0 .. levels - 1.
@@ -181,16 +191,17 @@ class IncrementalSampler:
             return call.given.view(0, *self.image_shape)
         with evaluating(self.network, self._device):
             compiled, env = self._compile(call)
-            weights, constants = self._operands(compiled, env, call.batch)
-            if select(self._device, [self._example, *weights], natives=("cpp",)) == "cpp":
+            weights, constants = self._operands(compiled, env)
+        with computing(self._device):
+            if select(self._device, [self._example, *weights], natives=("cpp", "triton")) == "cpp":
                 levels = self._run_native(compiled, weights, constants, call)
             else:
-                levels = self._run_reference(compiled, weights, constants, call)
+                levels = self._run_reference(compiled, weights, constants, call)  # on GPUs, as CUDA graphs
         return levels.view(call.batch, *self.image_shape)
 
     def __getstate__(self) -> dict[str, object]:
         """Copies are traced anew: the program belongs to this network, not to its copy."""
-        return self.__dict__ | {"_compiled": None}
+        return self.__dict__ | {"_compiled": {}}
 
     def naive(
         self,
@@ -244,6 +255,7 @@ class IncrementalSampler:
         return torch.float64 if self._example.dtype == torch.float64 else torch.float32
 
     def _forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        x = x.clone()  # which the network may write to
         return self.network(x) if condition is None else self.network(x, condition)
 
     def _compile(self, call: _Call) -> tuple[_Compiled, Environment]:
@@ -251,19 +263,26 @@ class IncrementalSampler:
         condition = call.condition
         form: tuple[object, ...] = (self._device, self._example.dtype)
         form += () if condition is None else (condition.shape[1:], condition.dtype)
-        if self._compiled is not None and self._compiled.form == form:
-            env = self._compiled.trace.evaluate(call.batch, condition)
-            pairs = zip(self._compiled.trace.lowering.degrees, self._compiled.program.degrees, strict=True)
-            if all(torch.equal(degree.recipe(env).cpu(), value) for degree, value in pairs):
-                return self._compiled, env
         one = None if condition is None else condition[:1]
-        x, expected = self._probe(one)
-        trace = Trace(self.network, self._image, len(self.image_shape) + 1, x.dtype, self._device, one)
-        program, weights = compile_program(trace.lowering, trace.output, self.output, self.levels)
-        compiled = _Compiled(form, trace, program, weights, program.encode())
-        self._verify(compiled, one, x, expected)
-        self._compiled = compiled
-        return compiled, trace.evaluate(call.batch, condition)
+        compiled = self._compiled.pop(form, None)
+        if compiled is not None:
+            env = compiled.trace.evaluate(call.batch, condition)
+            pairs = zip(compiled.trace.lowering.degrees, compiled.program.degrees, strict=True)
+            if not all(torch.equal(degree.recipe(env).cpu(), value) for degree, value in pairs):
+                compiled = None
+            elif not compiled.verified:
+                self._verify(compiled, one, *self._probe(one))
+        if compiled is None:
+            x, expected = self._probe(one)
+            trace = Trace(self.network, self._image, len(self.image_shape) + 1, x.dtype, self._device, one)
+            program, weights = compile_program(trace.lowering, trace.output, self.output, self.levels)
+            compiled = _Compiled(trace, program, weights, program.encode())
+            self._verify(compiled, one, x, expected)
+            env = trace.evaluate(call.batch, condition)
+        self._compiled[form] = compiled
+        if len(self._compiled) > _FORMS:
+            del self._compiled[next(iter(self._compiled))]
+        return compiled, env
 
     def _probe(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """An image and the network's output, of the expected shape."""
@@ -290,7 +309,7 @@ class IncrementalSampler:
 
     def _verify(self, compiled: _Compiled, condition: Tensor | None, x: Tensor, expected: Tensor) -> None:
         """The program computes what the network computes."""
-        weights, constants = self._operands(compiled, compiled.trace.evaluate(1, condition), 1)
+        weights, constants = self._operands(compiled, compiled.trace.evaluate(1, condition))
         levels = torch.zeros(math.prod(self._image[1:]), 1, self._image[0], dtype=torch.int64, device=x.device)
         executor = self._executor(compiled, weights, constants, levels, levels.bool(), levels)
         result = executor.forward(x.to(self._work_dtype).reshape(1, self._image[0], -1).permute(2, 0, 1))
@@ -301,15 +320,17 @@ class IncrementalSampler:
                 "network cannot be generated from pixel by pixel: what torch.fx saw of it computes something else, up "
                 f"to {float((result - wanted).abs().max()):.3g} away; does it write to tensors or draw random numbers?"
             )
+        other = self._forward(2 * self.offset + (self.levels - 1) * self.scale - x, condition)  # all levels reversed
+        compiled.verified = not torch.allclose(expected, other, rtol=0.0, atol=0.0, equal_nan=True)
 
     # ---- Execution.
 
-    def _operands(self, compiled: _Compiled, env: Environment, batch: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and constants as an executor takes them."""
+    def _operands(self, compiled: _Compiled, env: Environment) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and constants as an executor takes them; constants of all samples have a batch of 1."""
         device, work = self._device, self._work_dtype
         weights = [recipe(env).to(device, work).contiguous() for recipe in compiled.weights]
-        constants = [recipe(env).to(device, work) for recipe in compiled.trace.lowering.constants]
-        return weights, [t.expand(batch, *t.shape[1:]).contiguous() for t in constants]
+        constants = [recipe(env).to(device, work).contiguous() for recipe in compiled.trace.lowering.constants]
+        return weights, constants
 
     def _run_native(self, compiled: _Compiled, weights: list[Tensor], constants: list[Tensor], call: _Call) -> Tensor:
         degrees = list(compiled.program.degrees)
@@ -361,6 +382,8 @@ class IncrementalSampler:
             raise ValueError(f"batch must be at least 0, got {number}")
         if key is not None and generator is not None:
             raise ValueError("generator draws a key, got a key as well")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         if condition is not None:
             if not isinstance(condition, Tensor):
                 raise TypeError(f"condition must be a tensor or None, got {type(condition).__name__}")
@@ -373,13 +396,15 @@ class IncrementalSampler:
     def _noise_args(self, key: object, batch: int) -> noise.OpArgs:
         if not isinstance(key, NoiseKey):
             raise TypeError(f"key must be a NoiseKey, got {type(key).__name__}")
+        packed: dict[str, Tensor] = {}
         for name, value in (("seed", key.seed), ("step", key.step), ("samples", key.samples)):
             if not isinstance(value, Tensor):
                 continue
             check_device(f"key.{name}", value, self._example, "network")
             if tuple(value.shape) != (batch,) and (name == "samples" or value.numel() != 1):
                 raise ValueError(f"key.{name} must have {batch} entries, got shape {tuple(value.shape)}")
-        return key.op_args()
+            packed[name] = value.contiguous()
+        return dataclasses.replace(key, **packed).op_args()  # type: ignore[arg-type]
 
     def _known(self, batch: int, given: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         """Levels and which of them are known, ``[batch, C, H, W]``."""
@@ -404,4 +429,7 @@ class IncrementalSampler:
         wrong = known & ((given < 0) | (given >= self.levels))
         if bool(wrong.any()):
             raise ValueError(f"given must be in [0, {self.levels}) where known, got {int(given[wrong][0])}")
-        return given.reshape(full), known.reshape(full)
+        given, known = given.reshape(full), known.reshape(full)
+        if self.output == Output.LOGISTIC_MIXTURE and not torch.equal(known, known[:, :1].expand_as(known)):
+            raise ValueError("known must be the same for all channels of a pixel with output 'logistic_mixture'")
+        return given, known

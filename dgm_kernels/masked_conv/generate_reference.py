@@ -253,9 +253,8 @@ def draw(program: Program, parameters: Tensor, uniform: Tensor, channel: int) ->
     """
     if program.kind == Output.LOGISTIC_MIXTURE:
         return reference.discretized_logistic_mixture_sample(parameters, uniform[:, : program.numbers], program.levels)
-    logits = parameters[:, channel, None]
     if program.kind == Output.BERNOULLI:
-        logits = torch.cat((torch.zeros_like(logits), logits), dim=1)
-    else:
-        logits = parameters[:, channel * program.levels : (channel + 1) * program.levels]
+        probability_of_0 = 1.0 / (1.0 + torch.exp(parameters[:, channel, None]))
+        return (uniform[:, channel, None] > probability_of_0).to(torch.int64)
+    logits = parameters[:, channel * program.levels : (channel + 1) * program.levels]
     return reference.categorical_sample(logits, uniform[:, channel])[:, None]

@@ -110,6 +110,8 @@ class Lowering:
         channels = views[0].channels
         if any(view.channels != channels for view in views):
             raise Unsupported(f"tensors of {' and '.join(str(view.channels) for view in views)} channels together")
+        if channels == 0:
+            return View(())
         ends = sorted({end for view in views for end in _ends(view)})
         self.nodes.append(Node(channels))
         node, begin = len(self.nodes) - 1, 0
@@ -121,6 +123,8 @@ class Lowering:
 
     def contiguous(self, view: View) -> Operand:
         """The view as channels of one node, copied if they are not."""
+        if not view.segments:
+            raise Unsupported("a tensor without channels")
         first = view.segments[0]
         if len(view.segments) == 1 and first.scale == 1.0:
             return first.operand()
@@ -136,7 +140,7 @@ class Lowering:
         if isinstance(value, View):
             return value
         if not isinstance(value, Constant):
-            number = torch.tensor(float(value), dtype=torch.float64)
+            number = torch.tensor(float(value), dtype=torch.float64, device="cpu")
             value = Constant(lambda env: number, number)
         shape = (1,) * (self.dimensions - value.value.dim()) + tuple(value.value.shape)
         spatial = self._spatial()
@@ -183,7 +187,7 @@ class Lowering:
     def group_degrees(self, channels: int, groups: int) -> int:
         """Index of the groups that channels belong to."""
         if (channels, groups) not in self._group_degrees:
-            value = torch.arange(channels) * groups // channels
+            value = torch.arange(channels, device="cpu") * groups // channels
             self._group_degrees[channels, groups] = self.degree(Constant(lambda env: value, value))
         return self._group_degrees[channels, groups]
 

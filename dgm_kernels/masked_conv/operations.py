@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from . import (
     causal_conv1d,
@@ -150,8 +150,11 @@ def _multiply(low: Lowering, left: Value, right: Value) -> View:
 
 
 def _divide(low: Lowering, left: Value, right: Value) -> View:
-    if isinstance(right, (View, Constant)):
-        raise Unsupported("division by a tensor")
+    if isinstance(right, View):
+        raise Unsupported("division by a tensor that depends on the image")
+    if isinstance(right, Constant):
+        divisor = right.recipe
+        return low.multiply(left, Constant(lambda env: divisor(env).reciprocal(), right.value.reciprocal()))
     return low.multiply(left, 1.0 / right)
 
 
@@ -208,7 +211,8 @@ def _split(low: Lowering, x: Any, split_size: int | Sequence[int], dim: int = 0)
 
 def _narrow(low: Lowering, x: Any, dim: int, start: int, length: int) -> View:
     _check_channels(low, dim)
-    return _maps(x).part(start, start + length)
+    begin = start + _maps(x).channels if start < 0 else start
+    return _maps(x).part(begin, begin + length)
 
 
 def _getitem(low: Lowering, x: Any, index: Any) -> Any:
@@ -239,10 +243,10 @@ FUNCTIONS: dict[Any, Handler] = {
     gated_activation: _gated_activation,
     **dict.fromkeys((F.conv1d, F.conv2d), _conv),
     F.linear: _linear,
-    **dict.fromkeys((operator.add, torch.add), _add),
-    **dict.fromkeys((operator.sub, torch.sub, torch.subtract), _subtract),
-    **dict.fromkeys((operator.mul, torch.mul, torch.multiply), _multiply),
-    **dict.fromkeys((operator.truediv, torch.div, torch.divide), _divide),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _add),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _subtract),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _multiply),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), _divide),
     **dict.fromkeys((operator.neg, torch.neg, torch.negative), _negative),
     **dict.fromkeys((F.relu, torch.relu), _relu),
     F.elu: _elu,
@@ -272,6 +276,31 @@ METHODS: dict[str, Handler] = {
     "narrow": _narrow,
 }
 
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+_ACTIVATIONS = (F.relu, F.elu, F.silu)  # that take `inplace` as their last argument
+_ALIASING: frozenset[Any] = frozenset(
+    (
+        *(F.dropout, F.dropout1d, F.dropout2d, F.alpha_dropout, torch.chunk, torch.split, torch.narrow),
+        *(operator.getitem, "contiguous", "chunk", "split", "narrow"),
+    )
+)
+
+
+def writes(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation writes its result to its first argument."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+        return True
+    return bool(node.kwargs.get("inplace", False)) or (node.target in _ACTIVATIONS and node.args[-1] is True)
+
+
+def aliases(target: Any, module: nn.Module | None) -> bool:
+    """Whether an operation may return its first argument, or a part of the memory of it."""
+    return isinstance(module, _IDENTITIES) if module is not None else target in _ALIASING
+
 
 def _parameter(module: nn.Module, name: str) -> Constant | None:
     value = getattr(module, name)
@@ -298,5 +327,5 @@ _MODULES: tuple[tuple[Any, Handler], ...] = (
     (nn.SiLU, _silu),
     (nn.Tanh, _tanh),
     (nn.Sigmoid, _sigmoid),
-    ((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout), _identity),
+    (_IDENTITIES, _identity),
 )

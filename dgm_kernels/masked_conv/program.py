@@ -194,7 +194,7 @@ class Program:
             words += [node.kind, node.channels, node.row_phase, node.constant]
         for instruction in self.instructions:
             words += _encode(instruction)
-        return torch.tensor([int(word) for word in words], dtype=torch.int64)
+        return torch.tensor([int(word) for word in words], dtype=torch.int64, device="cpu")
 
 
 def _encode(instruction: Instruction) -> list[int]:

@@ -105,7 +105,8 @@ def discretized_logistic_mixture_sample(parameters: Tensor, uniform: Tensor, lev
         if coefficients is not None and c > 0:
             for earlier in range(c):  # coefficients: 0 of red in green; 1, 2 of red and green in blue
                 mean = mean + chosen[2][:, c - 1 + earlier] * values[earlier]
-        level = torch.round((mean + centred[:, c]).clamp(-1.0, 1.0).add(1.0) * (0.5 * (levels - 1)))
+        drawn = (mean + centred[:, c]).nan_to_num(nan=-1.0)  # what is not a number gives level 0
+        level = torch.round(drawn.clamp(-1.0, 1.0).add(1.0) * (0.5 * (levels - 1)))
         values.append(level * (2.0 / (levels - 1)) - 1.0)
     levels_of = torch.stack(values, dim=1).add(1.0) * (0.5 * (levels - 1))
     return torch.round(levels_of).to(torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -273,7 +274,7 @@ class MaskedLinear(nn.Linear):
 
     Args:
         in_degrees, out_degrees: int64, one number for each input and each output: a weight counts if its output's
-            degree is at least its input's.
+            degree is at least its input's. They are no parameters, and keep their values through the meta device.
         strict: it must be greater.
         bias: whether there is one.
         device, dtype: of the parameters.
@@ -303,11 +304,25 @@ class MaskedLinear(nn.Linear):
                 raise TypeError(f"{name} must be an int64 tensor, got {found}")
             if degrees.dim() != 1 or degrees.numel() == 0:
                 raise ValueError(f"{name} must have one dimension and an entry, got shape {tuple(degrees.shape)}")
+            if degrees.is_meta:
+                raise ValueError(f"{name} must hold values, got a tensor on the meta device; make it on the CPU")
         self.strict = bool(strict)
         super().__init__(len(in_degrees), len(out_degrees), bias=bias, device=device, dtype=dtype)
         for name, degrees in (("in_degrees", in_degrees), ("out_degrees", out_degrees)):
             self.register_buffer(name, degrees.detach().to(self.weight.device, copy=True), persistent=False)
+        self._values = [degrees.detach().to("cpu", copy=True) for degrees in (in_degrees, out_degrees)]
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
+        """What ``to`` and ``to_empty`` call. The latter leaves buffers without values: the degrees keep theirs."""
+        before = self.in_degrees, self.out_degrees
+        if not self.in_degrees.is_meta:
+            self._values = [degrees.to("cpu", copy=True) for degrees in before]
+        super()._apply(fn, recurse)
+        for old, new, values in zip(before, (self.in_degrees, self.out_degrees), self._values, strict=True):
+            if new is not old and not new.is_meta:
+                new.copy_(values)
+        return self
 
     def reset_parameters(self) -> None:
         """nn.Linear's rule, uniform in +-1 / sqrt(fan-in), with the inputs that each output sees as its fan-in."""
