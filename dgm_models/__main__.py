@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import create_model, from_pretrained, list_models
 from .data import Dataset, digits
-from .model import DensityUnavailable, GenerativeModel
+from .model import DensityUnavailable, GenerativeModel, check_options
 from .registry import model_class
 from .train import CHECKPOINT_FILE, SETTINGS_FILE, Settings, Trainer
 
@@ -67,8 +67,9 @@ def _new(args: argparse.Namespace, out: pathlib.Path) -> Trainer:
     )
     torch.manual_seed(settings.seed)
     model = create_model(args.model, **dict(args.set)).to(args.device)
+    data = _digits(model)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(model, _digits(model), settings, out)
+    trainer = Trainer(model, data, settings, out)
     trainer.save()
     return trainer
 
@@ -105,6 +106,8 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     model = from_pretrained(args.source).to(args.device)
+    options = dict(args.set)
+    check_options(f"elbo of {model.model_name}", model.elbo, ("x", "k", "cond"), options)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     split = _digits(model).split(args.split)
@@ -112,7 +115,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     cond = split.label.to(args.device) if model.conditional else None
     name = "log-likelihood" if model.exact_likelihood else "ELBO"
     with torch.no_grad():
-        nats = model.elbo(x, args.k, cond, **dict(args.set))  # the exact one where the model has it
+        nats = model.elbo(x, args.k, cond, **options)  # the exact one where the model has it
     bits = model.bits_per_dim(nats)
     error = 1 / math.sqrt(len(x))
     result = {
@@ -159,8 +162,8 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _digits(model: GenerativeModel) -> Dataset:
-    """The digits, as black and white if the model has 2 levels."""
-    return digits(2) if model.levels == 2 else digits()
+    """The digits, as black and white if the model has 2 levels; no model of other levels can take them."""
+    return digits() if model.levels is None else digits(model.levels)
 
 
 def _classes(classes: list[int] | None, model: GenerativeModel, n: int) -> Tensor | None:

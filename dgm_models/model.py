@@ -12,7 +12,7 @@ import operator
 import pathlib
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import safetensors.torch
@@ -223,10 +223,20 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
     def _check_data(self, x: Tensor) -> None:
         """:meth:`_check_batch`, and that the values are grey levels if the data has them."""
         self._check_batch(x)
-        if self.levels is not None:
-            grid = (x + 1) / 2 * (self.levels - 1)
-            if not bool(((grid - grid.round()).abs() < 0.01).all()) or not bool((x.abs() <= 1).all()):
-                raise ValueError(f"x must lie on {self.levels} equally spaced levels in [-1, 1] (config: levels)")
+        if self.levels is not None and not bool(self._on_levels(x).all()):
+            raise ValueError(f"x must lie on {self.levels} equally spaced levels in [-1, 1] (config: levels)")
+
+    def _grid(self, x: Tensor) -> Tensor:
+        """x on the scale where the grey levels are 0 .. levels - 1; few digits are not made fewer."""
+        assert self.levels is not None
+        return (x.to(torch.promote_types(x.dtype, torch.float32)) + 1) / 2 * (self.levels - 1)
+
+    def _on_levels(self, x: Tensor) -> Tensor:
+        """Where x is a grey level, up to the rounding of its dtype."""
+        assert self.levels is not None
+        grid = self._grid(x)
+        rounding = torch.finfo(x.dtype).eps / 8 * (self.levels - 1)  # below 1, numbers are eps / 2 apart
+        return ((grid - grid.round()).abs() < 0.01 + rounding) & (x.abs() <= 1)
 
     def _check_cond(self, cond: Tensor | int | None, n: int) -> Tensor | None:
         if cond is None:
@@ -243,15 +253,8 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         return cond.to(self.device)
 
     def _check_option_names(self, options: Mapping[str, Any]) -> None:
-        """That :meth:`_sample` knows them; one that takes any looks at them itself."""
-        parameters = inspect.signature(self._sample).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return
-        known = [p.name for p in parameters if p.name not in ("n", "seed", "cond", "first_sample")]
-        for name in options:
-            if name not in known:
-                listing = f"its options are {', '.join(known)}" if known else "it has none"
-                raise TypeError(f"sample of {self.model_name} has no option {name!r}; {listing}")
+        """That :meth:`_sample` knows them."""
+        check_options(f"sample of {self.model_name}", self._sample, ("n", "seed", "cond", "first_sample"), options)
 
     def _check_option(self, name: str, value: Any, n: int) -> Any:
         """An option of :meth:`sample`; a tensor comes to the model's device."""
@@ -343,6 +346,27 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def check_options(
+    what: str, function: Callable[..., Any], arguments: Sequence[str], options: Mapping[str, Any]
+) -> None:
+    """Raises an error that names ``what`` unless ``function`` knows the options; one that takes any looks itself.
+
+    Args:
+        what: whose options they are.
+        function: is called with them.
+        arguments: those of its parameters that are not options.
+        options: by name.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.name not in arguments]
+    for name in options:
+        if name not in known:
+            listing = f"its options are {', '.join(known)}" if known else "it has none"
+            raise TypeError(f"{what} has no option {name!r}; {listing}")
 
 
 def check_batch(name: str, value: Tensor, shape: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ import dgm_kernels
 from dgm_kernels import NoiseKey
 from dgm_models import create_model
 from dgm_models.autoregressive import MADE, Autoregressive
+from dgm_models.autoregressive.made import random_order
 from tests.test_autoregressive import CONVOLUTION, every_sample, naive, small
 
 
@@ -147,6 +148,22 @@ def test_A2_orders_do_not_depend_on_the_seed_of_the_weights() -> None:
     first = create_model("made", networks=3)
     torch.manual_seed(1)
     assert orders(create_model("made", networks=3)) == orders(first)
+
+
+def test_A2_orders_are_those_of_saved_models() -> None:
+    """They are not saved with the weights: each is its own for ever, whatever the default dtype."""
+    assert random_order(9, 0).tolist() == [9, 8, 6, 1, 4, 7, 3, 2, 5]
+    assert random_order(9, 1).tolist() == [9, 7, 3, 8, 5, 4, 6, 1, 2]
+    expected = random_order(3072, 0)
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(random_order(3072, 0), expected), dtype
+    finally:
+        torch.set_default_dtype(default)
+    with torch.device("meta"):
+        assert random_order(9, 0).device.type == "meta", "where the weights are"
 
 
 # A4: PixelCNN

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ..model import check_sizes
 from ..registry import register_model
-from .base import Autoregressive
+from .base import Autoregressive, check_shape
 from .made import MaskedMLP, natural_order
 
 
@@ -26,6 +25,6 @@ class FVSBN(Autoregressive):
     default_settings: ClassVar = {"steps": 2000, "lr": 5e-3, "weight_decay": 0.15, "validation_draws": 1}
 
     def __init__(self, image_shape: Sequence[int] = (1, 8, 8), num_classes: int | None = None) -> None:
-        shape = check_sizes("image_shape", image_shape)
+        shape = check_shape(image_shape)
         network = MaskedMLP(natural_order(shape), (), 1, num_classes=num_classes)
         super().__init__(image_shape, [network], (math.prod(shape),), "bernoulli", 2, num_classes)

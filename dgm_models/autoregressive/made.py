@@ -17,7 +17,7 @@ from dgm_kernels.nn import MaskedLinear
 from ..flows.conditioners import check_dropout, hidden_degrees
 from ..model import check_positive, check_sizes
 from ..registry import register_model
-from .base import Autoregressive, check_output, class_bias
+from .base import Autoregressive, check_output, check_shape, class_bias
 
 ORDERS = ("random", "natural")
 
@@ -53,7 +53,7 @@ class MADE(Autoregressive):
         output = check_output(None, levels)
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-        shape = check_sizes("image_shape", image_shape)
+        shape = check_shape(image_shape)
         numbers = 1 if output == "bernoulli" else levels
         mixture = [
             MaskedMLP(
@@ -123,5 +123,7 @@ def natural_order(shape: Sequence[int]) -> Tensor:
 
 def random_order(numbers: int, seed: int) -> Tensor:
     """A random permutation of 1 .. numbers; the same for a seed on every machine, so that it need not be saved."""
-    u = noise_like(torch.empty(1, numbers), NoiseKey(seed), distribution="uniform")[0]
-    return u.argsort(stable=True) + 1
+    # The default dtype and device may be others, the order may not.
+    like = torch.empty(1, numbers, dtype=torch.float32, device="cpu")
+    u = noise_like(like, NoiseKey(seed), distribution="uniform")[0]
+    return u.argsort(stable=True).to(torch.get_default_device()) + 1

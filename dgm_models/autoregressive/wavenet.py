@@ -58,6 +58,8 @@ class WaveNet(Autoregressive):
         num_classes: int | None = None,
     ) -> None:
         shape = check_sizes("image_shape", image_shape)
+        if len(shape) < 2:
+            raise ValueError(f"image_shape must be (channels, steps) or (channels, height, width), got {shape}")
         output = check_output(output, levels)
         if check_positive("kernel_size", kernel_size) < 2:
             raise ValueError(f"kernel_size must be at least 2, got {kernel_size}")
