@@ -1,20 +1,23 @@
 """Cases of the masked_conv op: masked convolutions, gates, and the distributions of autoregressive models.
 
 No peer library competes: none that installs today leaves the dead taps of a masked convolution out or has these
-distributions as one kernel. What is published is PyTorch code, the eager baselines here.
+distributions as one kernel. What is published is PyTorch code, the eager baselines here. Of convolutions a second form
+of it takes part: "cropped", whose kernel ends at the pixel's row, so that fewer of its taps are zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.compare import Bars, Case, Contender, Setup, bars_at_two_threads, ours, size_name, variants
 from bench.masked_conv_baselines import (
     LEVELS,
+    cropped_masked_conv,
     plain_categorical,
     plain_gate,
     plain_masked_conv,
@@ -54,11 +57,12 @@ def layer_case(
     *,
     train: bool,
     exact: Function | None = None,
+    others: Mapping[str, Function] = MappingProxyType({}),
     **fields: Any,
 ) -> Case:
     """`fused` against `plain`, both functions of data and of operands, whose gradients training wants.
 
-    `exact` gives the float64 reference where `plain` is an approximation.
+    `exact` gives the float64 reference where `plain` is an approximation; `others` compete as they are.
     """
     call = forward_backward if train else forward
 
@@ -74,7 +78,7 @@ def layer_case(
         return call(exact or plain, data, operands, i.seed.double())
 
     contenders, missing = ours(lambda i: call(fused, i.data, i.operands, i.seed), setup, NATIVES)
-    for baseline, function in variants(plain, setup).items():
+    for baseline, function in [*variants(plain, setup).items(), *others.items()]:
         contenders[baseline] = Contender(lambda i, f=function: call(f, i.data, i.operands, i.seed))
     return Case(name, make_inputs, contenders, reference, missing=missing, grad=train, **fields)
 
@@ -82,13 +86,14 @@ def layer_case(
 def masked_conv(
     setup: Setup, size: int, mask_type: str, *, train: bool = False, bars: Bars = bars_at_two_threads
 ) -> Case:
-    """A square masked kernel. What must be done: the products of the live taps, backward twice as many.
+    """A square masked kernel. What must be done: the products of live taps inside the image, backward twice as many.
 
     What must move: x, the live weights and y; backward the gradient of y, x and the weights again, and their gradients.
     """
     batch, inputs, height, width = CONV_SHAPE
     mask = raster_mask(size, mask_type, setup.device)
     weights = CONV_OUTPUTS * inputs * int(mask.sum())
+    pairs = F.conv2d(torch.ones(1, 1, height, width), mask.cpu(), padding=size // 2).sum()  # of a live tap and a pixel
     read, written = torch.Size(CONV_SHAPE).numel(), batch * CONV_OUTPUTS * height * width
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -96,6 +101,9 @@ def masked_conv(
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return plain_masked_conv(x, weight, bias, mask)
+
+    def cropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return cropped_masked_conv(x, weight, bias, mask)
 
     def make_operands() -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         weight = torch.randn(CONV_OUTPUTS, inputs, size, size) / (inputs * size * size) ** 0.5
@@ -109,8 +117,9 @@ def masked_conv(
         plain,
         make_operands,
         train=train,
+        others={"cropped": cropped},
         bytes=((3 * read + 2 * written + 3 * weights) if train else (read + written + weights)) * 4,
-        flops=(3 if train else 1) * 2 * batch * height * width * weights,
+        flops=(3 if train else 1) * 2 * batch * CONV_OUTPUTS * inputs * int(pairs),
         bars=bars(setup),
     )
 
@@ -144,7 +153,8 @@ def mixture(setup: Setup, bars: Bars = bars_at_two_threads) -> Case:
     """Mixture of discretized logistics of three colours, forward and backward.
 
     What must move: x, the parameters, both again, the gradient of the parameters, and a number a pixel both ways.
-    Of every component and colour the scale, two softplus, the difference and a tanh, of every component the softmax.
+    What must be done, as far as functions go: of every component and colour an exponential for the scale, two for the
+    probability of a level and a tanh; of every component one for its weight and one for its share.
     """
     batch, colours, *size = PIXELS_SHAPE
     pixels = batch * torch.Size(size).numel()
@@ -156,7 +166,7 @@ def mixture(setup: Setup, bars: Bars = bars_at_two_threads) -> Case:
         x = torch.randint(LEVELS, PIXELS_SHAPE) * (2 / (LEVELS - 1)) - 1
         return (x,), (torch.cat([logits, rest.flatten(1, 3)], dim=1),)
 
-    functions = colours * (1 + 2 * 2 + 2 + 1) + 2
+    functions = colours * (1 + 2 + 1) + 2
     return layer_case(
         setup,
         f"mixture of {MIXTURES} logistics forward+backward {size_name(PIXELS_SHAPE)} fp32",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dgm_kernels import categorical_sample, gated_activation
 from dgm_kernels.nn import CausalConv1d, HorizontalConv2d, VerticalConv2d
@@ -26,6 +27,13 @@ def raster_mask(size: int, mask_type: str, device: torch.device) -> Tensor:
 def plain_masked_conv(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """As published networks write it: the weight times the mask at every call."""
     return F.conv2d(x, weight * mask, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def cropped_masked_conv(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """Without the rows of dead taps below the pixel, of a square kernel: one convolution of an image padded above."""
+    side = weight.shape[2] // 2
+    live = weight[:, :, : side + 1] * mask[:, :, : side + 1]
+    return F.conv2d(F.pad(x, (side, side, side, 0)), live, bias)
 
 
 def plain_gate(x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -204,6 +212,37 @@ def wide(network: Network) -> Network:
     return copy.deepcopy(network).double()
 
 
+class Work(NamedTuple):
+    """What an image or a sequence takes at least: weights to read, and products with them."""
+
+    weights: int
+    products: int
+
+
+def least_work(network: Network, shape: tuple[int, ...]) -> Work:
+    """Of a masked plain network, for one image or sequence of `shape`.
+
+    A weight of zero does not count, nor a layer that the outputs do not depend on, nor a product with a border.
+    """
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d))]
+    hooks = [layer.register_forward_hook(lambda layer, args, y: calls.append((layer, *args, y))) for layer in layers]
+    x = torch.zeros(1, *shape, device=layers[0].weight.device, requires_grad=True)
+    with torch.enable_grad():
+        result = network(x).sum()
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(result, [y for *_, y in calls], allow_unused=True)
+    weights = products = 0
+    for (layer, inputs, _), gradient in zip(calls, gradients, strict=True):
+        if gradient is not None:
+            # Ones for numbers: each output is then the number of its products.
+            ones = {"weight": (layer.weight != 0).float(), "bias": torch.zeros_like(layer.bias)}
+            weights += int(ones["weight"].sum(dtype=torch.float64))
+            products += int(functional_call(layer, ones, torch.ones_like(inputs)).sum(dtype=torch.float64))
+    return Work(weights, products)
+
+
 class Loop(abc.ABC):
     """Draws the pixels of images or sequences of one channel one after the other; `step` draws one."""
 
@@ -217,6 +256,10 @@ class Loop(abc.ABC):
     def values(self, levels: Tensor) -> Tensor:
         """What the network takes for the levels: 0 and 1, or numbers from -1 to 1."""
         return levels if self.levels == 2 else levels * (2 / (self.levels - 1)) - 1
+
+    def steps(self, pixels: int) -> int:
+        """Steps at the last pixel that are as much work as a step at each of them."""
+        return pixels
 
     @abc.abstractmethod
     def outputs(self, x: Tensor, pixel: int) -> Tensor:
@@ -244,6 +287,10 @@ class NaiveLoop(Loop):
     def __init__(self, network: Callable[[Tensor], Tensor], levels: int, field: int | None = None) -> None:
         super().__init__(network, levels)
         self.field = field
+
+    def steps(self, pixels: int) -> int:
+        """The first passes over a part of a sequence see 1, 2, 3, ... inputs until they see the field."""
+        return pixels if self.field is None else pixels - (min(self.field, pixels) - 1) // 2
 
     def outputs(self, x: Tensor, pixel: int) -> Tensor:
         if self.field is None:

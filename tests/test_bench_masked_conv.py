@@ -1,9 +1,12 @@
 """The contenders of masked_conv's benchmarks compute one function, shown at small sizes and without compiling."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from bench import bench_generation, bench_masked_conv
+from bench import bench_generation, bench_masked_conv, floor
 from bench import masked_conv_baselines as baselines
 from bench.compare import Case, Setup, WrongResult, check, make_input_sets
 from dgm_kernels import discretized_logistic_mixture, masked_conv2d, use_backend
@@ -48,7 +51,25 @@ def check_case(case: Case) -> set[str]:
 
 @pytest.mark.parametrize("name", bench_masked_conv.CASES)
 def test_contenders_agree(name: str) -> None:
-    assert check_case(bench_masked_conv.CASES[name](SETUP)) == {"eager"}
+    others = {"cropped"} if name.startswith("conv") else set()
+    assert check_case(bench_masked_conv.CASES[name](SETUP)) == {"eager", *others}
+
+
+# Live taps above and to the left of the pixel lie inside 9x8 pixels for (9 - |dy|)(8 - |dx|) of them:
+# 3x3 type B 8 (7 + 8 + 7) + 9 (7 + 8), 7x7 type A (6 + 7 + 8) (5 + 6 + 7 + 8 + 7 + 6 + 5) + 9 (5 + 6 + 7).
+@pytest.mark.parametrize(("name", "taps", "pairs"), [("conv-3B", 5, 311), ("conv-7A", 24, 1086)])
+def test_floor_of_convolutions_counts_what_must_be_done(name: str, taps: int, pairs: int) -> None:
+    forward, training = (bench_masked_conv.CASES[name + suffix](SETUP) for suffix in ("", "-train"))
+    x, y, weights = 2 * 6 * 72, 2 * 5 * 72, 6 * 5 * taps
+    assert forward.flops == 2 * 2 * 6 * 5 * pairs and training.flops == 3 * forward.flops
+    assert forward.bytes == 4 * (x + weights + y) and training.bytes == 4 * (3 * x + 3 * weights + 2 * y)
+
+
+def test_floor_of_mixtures_counts_the_functions_of_a_component() -> None:
+    """Three exponentials and a tanh of each colour, and two exponentials."""
+    pixels, components, directions = 2 * 6 * 5, 10, 2
+    functions = bench_masked_conv.mixture(SETUP).flops / (pixels * components * directions)
+    assert functions == 14 * bench_masked_conv.FUNCTION_FLOPS
 
 
 @pytest.mark.parametrize(("width", "batch"), [(32, 1), (32, 16), (6, 5)])
@@ -64,7 +85,85 @@ def test_naive_loops_stand_for_every_pixel() -> None:
     image, sequence = bench_generation.gated_pixelcnn(SETUP, 6, 5), bench_generation.wavenet(SETUP)
     assert {name: contender.repeats for name, contender in image.contenders.items()} == {image.ours: 1, "eager": 30}
     repeats = {name: contender.repeats for name, contender in sequence.contenders.items()}
-    assert repeats == {sequence.ours: 1, "eager": 40, "queues": 40, "window": 40, "dgm in quarters": 4}
+    assert repeats == {sequence.ours: 1, "eager": 40, "queues": 40, "window": 32, "dgm in quarters": 4}
+
+
+def test_large_batches_go_through_the_loops_in_parts() -> None:
+    case = bench_generation.gated_pixelcnn(SETUP, 6, 64)
+    assert case.contenders["eager"].repeats == 4 * 30 and case.contenders[case.ours].repeats == 1
+    inputs = case.make_inputs()
+    assert len(inputs.canvas) == len(inputs.uniform) == 16
+    assert case.contenders["eager"].run(inputs).shape == (16,)
+    assert case.contenders[case.ours].run(inputs).shape == (64, 1, 6, 5)
+
+
+def test_steps_of_a_window_are_as_much_work_as_the_loop() -> None:
+    for field, pixels in ((17, 40), (9, 9), (2048, 33), (1, 5)):
+        loop = baselines.NaiveLoop(torch.nn.Identity(), 2, field)
+        inputs = [min(pixel + 1, field) for pixel in range(pixels)]
+        assert loop.steps(pixels) == pytest.approx(sum(inputs) / inputs[-1], abs=0.5)
+
+
+def test_floor_of_images_counts_what_must_be_done() -> None:
+    """6x5 pixels, width 4, two layers, of which the last one's residual convolution reaches no output."""
+    case = bench_generation.gated_pixelcnn(SETUP, 4, 3)
+    pixels, columns = 30, 2 + 3 + 4 + 5 + 4 + 3 + 2  # of 5 columns, for dx from -3 to 3
+    first = 4 * ((3 + 4 + 5) * columns + 6 * (2 + 3 + 4))  # three rows above, three pixels before
+    vertical = 8 * 4 * ((5 + 6) * (4 + 5 + 4))
+    horizontal, point = 8 * 4 * 6 * (4 + 5), pixels * 4 * 4
+    layers = 2 * (vertical + horizontal + pixels * 8 * 8) + (1 + 2) * point  # one residual, two skips
+    assert case.flops == 2 * 3 * (first + layers + point + pixels * 4)
+    weights = 4 * (21 + 3) + 2 * (8 * 4 * (6 + 2) + 8 * 8) + (1 + 2) * 16 + 16 + 4
+    assert case.bytes == 4 * weights + 8 * 3 * pixels
+
+
+def test_floor_of_sequences_counts_what_must_be_done() -> None:
+    """40 samples, width 5, four layers of dilations 1 to 8."""
+    case = bench_generation.wavenet(SETUP)
+    dilated = sum(10 * 5 * (40 + 40 - dilation) for dilation in (1, 2, 4, 8))
+    points = (3 + 4 + 1) * 40 * 25 + 40 * 5 * 256  # residuals of all but the last layer, skips, head
+    assert case.flops == 2 * (39 * 5 + dilated + points)
+    assert case.bytes == 4 * (5 + 4 * 100 + (3 + 4 + 1) * 25 + 5 * 256) + 8 * 40
+
+
+@pytest.mark.parametrize(("matmul", "conv"), [((0.2, 0.1), (9.0, 8.0)), ((9.0, 8.0), (0.2, 0.1))])
+def test_faster_product_sets_the_ceiling(
+    matmul: tuple[float, ...], conv: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of it the fastest batch."""
+    monkeypatch.setattr(floor.timing, "interleave", lambda *args, **named: {"matmul": list(matmul), "conv": list(conv)})
+    batch, channels, height, width = floor.CONV_SHAPE
+    flops = 2 * 1024**3 if matmul < conv else 2 * batch * channels * channels * 9 * height * width
+    measure = floor.matmul_rate.__wrapped__  # what is cached belongs to the process
+    assert measure(CPU, torch.get_num_threads(), torch.float32) == pytest.approx(flops / 0.1)
+
+
+def test_bars_of_wavenet_bind_on_the_naive_loop_that_sees_the_field() -> None:
+    bars = bench_generation.CASES["wavenet"](Setup(CPU, threads=2)).bars
+    assert bars["window"] == bars["eager"] == 500
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda setup: bench_generation.gated_pixelcnn(setup, 6, 5), (1, 6, 5)),
+        (bench_generation.wavenet, (1, 40)),
+        (bench_generation.wavenet, (1, 10)),
+    ],
+    ids=["image", "sequence", "quarter"],
+)
+def test_generator_that_is_wrong_at_full_size_only_is_found(
+    build: Callable[[Setup], Case], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = bench_generation.incremental_sampler
+
+    def sampler(network: torch.nn.Module, of_shape: tuple[int, ...], **options: object) -> Callable[..., Tensor]:
+        generate = right(network, of_shape, **options)
+        return (lambda *args, **named: 1 - generate(*args, **named).clamp(0, 1)) if of_shape == shape else generate
+
+    monkeypatch.setattr(bench_generation, "incremental_sampler", sampler)
+    with pytest.raises(WrongResult, match="levels are not what"):
+        check_case(build(SETUP))
 
 
 def small_task() -> bench_generation.Task:
