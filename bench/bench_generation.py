@@ -3,15 +3,14 @@
 The loops are timed by their last pixel, whose time is counted as often as gives the work of the whole loop
 (`Contender.repeats`, `Loop.steps`): 784 passes through the widest network would take an hour. "eager" runs every pass
 over the whole image or sequence, as published PixelCNN code does; of a WaveNet that is many times what a sample can
-see, so the naive loop that its ratios should be read from is "window". Large batches go through the loops in parts,
-which is faster (`TOGETHER`). That whole loops draw the same samples is checked on small images, and what the timed calls
-draw by one pass over their samples, in which every level must be what its uniform number draws.
+see, so the naive loop that its ratios should be read from is "window". That whole loops draw the same samples is
+checked on small images, and what the timed calls draw by one pass over their samples, in which every level must be what
+its uniform number draws.
 
 No peer library competes. wavenet_vocoder has a WaveNet of its own with queues, which is what "queues" does; no package
 that installs today generates from a PixelCNN in another way than the naive one.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,7 +43,7 @@ IMAGE, DEPTH = (1, 28, 28), 7
 SOUND, SOUND_WIDTH, SOUND_DEPTH = (1, 16000), 64, 20
 SMALL_IMAGE, SMALL_SOUND = (1, 6, 6), (1, 48)
 CHECKED = 4  # samples of a batch that are checked
-TOGETHER = 16  # samples that a pass of a loop takes at most: of 64 at once each costs 1.6 to 2 times as much
+TOGETHER = 16  # samples that a pass of "parts" takes: of 64 at once each costs 1.6 to 2 times as much
 NOT_COMPILED = "compiling takes longer than the case; of the smallest images it is measured"
 ROUNDING = 1e-5  # a uniform number that is closer than this to the edge of a level may draw either
 
@@ -108,8 +107,6 @@ def generation_case(
     """
     generate, small = task.sampler(), task.sampler(task.small)
     uniform = task.uniform(task.small, min(task.batch, CHECKED), setup.device)
-    passes = math.ceil(task.batch / TOGETHER)
-    together = math.ceil(task.batch / passes)
 
     def step(i: SimpleNamespace, loop: Loop) -> Tensor:
         return loop.step(i.canvas, task.pixels - 1, i.uniform)
@@ -118,13 +115,13 @@ def generation_case(
     contenders, without = ours(lambda i: generate(task.batch, key=KEY), setup, ("cpp",), check)
     for loop_name, loop in loops.items():
         whole = partial(lambda i, loop: loop.generate(task.small, uniform).float(), loop=loop)
-        contenders[loop_name] = Contender(partial(step, loop=loop), whole, repeats=passes * loop.steps(task.pixels))
+        contenders[loop_name] = Contender(partial(step, loop=loop), whole, repeats=loop.steps(task.pixels))
     work = least_work(task.plain, task.shape)
     case = Case(
         name,
         lambda: SimpleNamespace(
-            canvas=torch.zeros(together, *task.shape, device=setup.device),
-            uniform=torch.rand(together, device=setup.device),
+            canvas=torch.zeros(task.batch, *task.shape, device=setup.device),
+            uniform=torch.rand(task.batch, device=setup.device),
         ),
         contenders,
         lambda i: NaiveLoop(wide(task.plain), task.levels).generate(task.small, uniform.double()).double(),
@@ -137,14 +134,26 @@ def generation_case(
 
 
 def gated_pixelcnn(setup: Setup, width: int, batch: int, bars: Bars = bars_at_two_threads) -> Case:
-    """Binary images. The smallest case is checked by a whole naive loop at full size, and has a compiled network."""
+    """Binary images. The smallest case is checked by a whole naive loop at full size, and has a compiled network.
+
+    In "parts" a large batch goes through the naive loop, whose feature maps then stay nearer to the caches.
+    """
     smallest = width * batch == 32
     task = Task(IMAGE, IMAGE if smallest else SMALL_IMAGE, batch, 2, *twins(GatedPixelCNN, width, DEPTH, setup.device))
     networks = variants(task.plain, setup) if smallest else {"eager": task.plain}
     loops = {name: NaiveLoop(network, task.levels) for name, network in networks.items()}
     missing = {} if smallest else {"compile": NOT_COMPILED}
     name = f"gated PixelCNN {size_name(IMAGE[1:])}, width {width}, batch {batch}"
-    return generation_case(setup, name, task, loops, missing=missing, bars=bars(setup))[0]
+    case, _ = generation_case(setup, name, task, loops, missing=missing, bars=bars(setup))
+    if batch <= TOGETHER:
+        return case
+    eager = case.contenders["eager"]
+
+    def part(i: SimpleNamespace) -> Tensor:
+        return eager.run(SimpleNamespace(canvas=i.canvas[:TOGETHER], uniform=i.uniform[:TOGETHER]))
+
+    parts = replace(eager, run=part, repeats=eager.repeats * batch // TOGETHER)
+    return replace(case, contenders={**case.contenders, "parts": parts})
 
 
 def wavenet(setup: Setup, bars: Bars = bars_at_two_threads) -> Case:
