@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_letters
 from typing import Any
 
 import matplotlib
@@ -16,9 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 BASELINE_COLORS = {"eager": "#4477aa", "compile": "#ee8866", "compile graphs": "#bbaa33", "diffusers": "#228833"}
-SPARE_COLORS = ("#aa3377", "#66ccee", "#999999", "#222222")
+SPARE_COLORS = ("#aa3377", "#66ccee", "#999999", "#222222", "#882255", "#44aa99", "#ddcc77", "#332288")
 THREAD_COLORS = ("#4477aa", "#cc3311", "#228833", "#aa3377")
-MARKERS = [f"${letter}$" for letter in ascii_letters]  # a case each
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -58,19 +56,18 @@ def speedup(results: Sequence[dict[str, Any]], path: Path) -> None:
         for name, ratio in ratios.items():
             # Bars start at 1, so that a slower case points to the left.
             axes.barh(line, ratio - 1, left=1, height=0.85, color=colors[name])
-            axes.annotate(
-                f"{ratio:.3g}x", (max(ratio, 1), line), (4, 0), textcoords="offset points", va="center", size=8
-            )
+            text = f"{ratio:.0f}x" if ratio >= 1000 else f"{ratio:.3g}x"
+            axes.annotate(text, (max(ratio, 1), line), (4, 0), textcoords="offset points", va="center", size=8)
             line += 1
         line += 1
     everything = [1.0, *(ratio for _, ratios in groups for ratio in ratios.values())]
     axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlim=(min(0.7, min(everything) / 1.2), max(3, max(everything)) * 1.6), ylim=(line - 0.5, -1))
+    axes.set(xscale="log", xlim=(min(0.7, min(everything) / 1.2), max(3, max(everything)) * 2.5), ylim=(line - 0.5, -1))
     _plain_ticks(axes.xaxis)
     axes.set_yticks(ticks, labels)
     axes.set_xlabel("time of the baseline / time of dgm_kernels   (right of 1: dgm_kernels is faster)")
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside upper right", ncols=max(1, len(handles)), frameon=False)
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(5, max(1, len(handles))), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -94,10 +91,10 @@ def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """
     points = [result for result in results if result["floor"]["flops"] > 0]
     intensities = [result["floor"]["flops"] / result["floor"]["bytes"] for result in points] or [1.0]
-    figure, axes = plt.subplots(figsize=(12, 6), layout="constrained")
+    markers = {case: f"${i}$" for i, case in enumerate(dict.fromkeys(r["case"] for r in points), 1)}
+    figure, axes = plt.subplots(figsize=(13, max(6, 0.21 * len(markers))), layout="constrained")
     _roofs(axes, results, min(intensities) / 3, max(intensities) * 3)
     threads = sorted({result["threads"] for result in results})
-    markers = {case: MARKERS[i % len(MARKERS)] for i, case in enumerate(dict.fromkeys(r["case"] for r in points))}
     for result, intensity in zip(points, intensities, strict=False):
         seconds = result["contenders"][result["ours"]]["median_us"] * 1e-6
         gflops = result["floor"]["flops"] / seconds / 1e9
