@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "attention/launch.h"
 #include "common/isa.h"
 #include "coupling/launch.h"
 #include "masked_conv/launch.h"
@@ -46,6 +47,10 @@ void register_kernels(torch::Library& m, const std::string& backend) {
 
 TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   register_kernels(m, "cpp");
+  m.impl("attention.cpp", TORCH_FN(dgm::attention::attention));
+  m.impl("attention_backward.cpp", TORCH_FN(dgm::attention::backward));
+  m.impl("attention_jvp.cpp", TORCH_FN(dgm::attention::jvp));
+  m.impl("attention_decode.cpp", TORCH_FN(dgm::attention::decode));
   m.impl("coupling_affine.cpp", TORCH_FN(dgm::coupling::affine));
   m.impl("coupling_affine_backward.cpp", TORCH_FN(dgm::coupling::affine_backward));
   m.impl("coupling_spline.cpp", TORCH_FN(dgm::coupling::spline));

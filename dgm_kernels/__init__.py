@@ -2,6 +2,7 @@
 
 from . import nn
 from ._core.backends import backends, use_backend
+from .attention import KVCache, attention, attention_decode, masks, positions
 from .coupling import (
     actnorm,
     additive_coupling,
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IncrementalSampler",
+    "KVCache",
     "NoiseKey",
     "SamplerTable",
     "Schedule",
@@ -53,6 +55,8 @@ __all__ = [
     "add_noise",
     "additive_coupling",
     "affine_coupling",
+    "attention",
+    "attention_decode",
     "backends",
     "categorical_log_prob",
     "categorical_sample",
@@ -69,9 +73,11 @@ __all__ = [
     "made_inverse",
     "masked_conv2d",
     "masked_linear",
+    "masks",
     "nn",
     "noise_like",
     "permute_channels",
+    "positions",
     "rational_quadratic_spline",
     "sample",
     "sampler_step",

@@ -31,6 +31,15 @@ Isa active_isa() {
   return isa;
 }
 
+bool has_bf16_products() {
+#ifdef DGM_HAVE_X86_ISAS
+  static const bool has = active_isa() == Isa::Avx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::Avx512:

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 logger = logging.getLogger("dgm_kernels")
@@ -128,19 +129,21 @@ def select(
     operands: Sequence[Tensor | None],
     refusal: str | None = None,
     natives: Sequence[str] = NAMES[1:],
+    has_jvp: bool = False,
 ) -> str:
     """The backend for a call on this device with these operands.
 
     Args:
         refusal: why no native backend can take this call, if the op knows of a reason of its own.
         natives: backends that the op has kernels for.
+        has_jvp: the op has kernels for forward-mode AD, and nothing but that (and reverse mode) looks on.
 
     Raises:
         ValueError: a backend is forced that cannot take the call.
     """
     if _forced == "reference":
         return "reference"
-    refusal = refusal or _refusal(operands)
+    refusal = refusal or _refusal(operands, has_jvp)
     if _forced is not None and _forced not in natives:
         raise ValueError(f"backend {_forced!r} has no kernel for this op, only {', '.join(natives)}")
     if _forced is not None:
@@ -176,11 +179,13 @@ def _find_best(device_type: str, natives: tuple[str, ...]) -> str:
     return "reference"
 
 
-def _refusal(operands: Sequence[Tensor | None]) -> str | None:
+def _refusal(operands: Sequence[Tensor | None], has_jvp: bool) -> str | None:
     """Why no native backend can take a call now."""
     for operand in operands:
         if operand is not None and operand.dtype not in _NATIVE_DTYPES:
             return f"{operand.dtype} is computed by the reference"
+    if has_jvp:
+        return None
     if forward_ad._current_level >= 0:
         return "forward-mode AD runs on the reference"
     if torch._C._functorch.maybe_current_level() is not None:
@@ -195,6 +200,22 @@ def is_traced() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode AD looks on, by dual numbers or torch.func.jvp, and no transform but gradients beside it."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = _functorch_levels()
+    differentiates = all(kind in (TransformType.Jvp, TransformType.Grad) for kind in levels)
+    return differentiates and (forward_ad._current_level >= 0 or TransformType.Jvp in levels)
+
+
+def _functorch_levels() -> list[TransformType]:
+    """The torch.func transforms in force, innermost last."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return []
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 @functools.cache

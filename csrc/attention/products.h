@@ -1,0 +1,146 @@
+// The inner loop of all products of attention, in float32 and, of bfloat16, in pairs.
+#pragma once
+
+#include "attention/math.h"
+#include "common/panel.h"
+
+namespace dgm::attention {
+namespace DGM_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kTilesTogether = 8;  // of keys, between two updates of the greatest score
+constexpr int64_t kBlockKeys = kTilesTogether * kTile;
+
+DGM_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One lane is one float.
+struct Single {
+  static constexpr bool kPairs = false;
+  static DGM_INLINE_METHOD F32 multiply_add(F32 x, F32 w, F32 sum) { return x * w + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// One lane is two bfloat16 numbers, whose products are added to one float32 sum.
+struct Pair {
+  static constexpr bool kPairs = true;
+  static DGM_INLINE_METHOD F32 multiply_add(F32 x, F32 w, F32 sum) {
+    return reinterpret_cast<F32>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
+  }
+};
+#else
+using Pair = Single;
+#endif
+
+// Lanes of a contraction over `count` numbers.
+template <class Lane>
+DGM_INLINE int64_t depth_of(int64_t count) {
+  return Lane::kPairs ? (count + 1) / 2 : count;
+}
+
+template <int kPositions, int kVectors = 2>
+using Sums = F32[kPositions][kVectors];
+
+// sums[m] += over k of data[k * stride + m * kApart] * weights[k * weight_stride ...], two vectors (or one) of them.
+template <class Lane, int kApart, int kPositions, int kVectors>
+DGM_INLINE void accumulate(const float* data, int64_t stride, const float* weights, int64_t weight_stride,
+                           int64_t count, Sums<kPositions, kVectors>& sums) {
+  for (; count > 0; --count, data += stride, weights += weight_stride) {
+    F32 w[kVectors];
+    DGM_UNROLL
+    for (int i = 0; i < kVectors; ++i) w[i] = load(weights + i * kWidth);
+    DGM_UNROLL
+    for (int m = 0; m < kPositions; ++m) {
+      const F32 x = data[m * kApart] - F32{};  // a broadcast; adding 0 would cost an addition, for -0
+      DGM_UNROLL
+      for (int i = 0; i < kVectors; ++i) sums[m][i] = Lane::multiply_add(x, w[i], sums[m][i]);
+    }
+  }
+}
+
+// A tile of keys times a panel of queries: `to` gets a row of kPanel scores for each key.
+template <class Lane, int kPositions>
+DGM_NOINLINE void tile_scores(const float* keys, const float* queries, int64_t depth, float factor, float* to) {
+  Sums<kPositions> sums = {};
+  accumulate<Lane, 1>(keys, kTileRow, queries, kPanel, depth, sums);
+  DGM_UNROLL
+  for (int m = 0; m < kPositions; ++m)
+    for (int half = 0; half < 2; ++half)
+      store(to + m * kPanel + half * kWidth, Lane::kPairs ? sums[m][half] * factor : sums[m][half]);
+}
+
+template <class Lane>
+DGM_INLINE void scores(const float* keys, int64_t positions, const float* queries, int64_t depth, float factor,
+                       float* to) {
+  with_positions(positions, [&](auto number) { tile_scores<Lane, number()>(keys, queries, depth, factor, to); });
+}
+
+// The directional derivative of a tile of scores: keys times tangents of queries plus tangents of keys times queries.
+template <int kPositions>
+DGM_NOINLINE void tile_tangents(const float* keys, const float* tangent_keys, const float* queries,
+                                const float* tangent_queries, int64_t depth, float* to) {
+  Sums<kPositions> sums = {};
+  accumulate<Single, 1>(keys, kTileRow, tangent_queries, kPanel, depth, sums);
+  accumulate<Single, 1>(tangent_keys, kTileRow, queries, kPanel, depth, sums);
+  DGM_UNROLL
+  for (int m = 0; m < kPositions; ++m)
+    for (int half = 0; half < 2; ++half) store(to + m * kPanel + half * kWidth, sums[m][half]);
+}
+
+// A run of keys that are seen: rows of values (or of keys) and, at the same keys, rows of kPanel weights.
+struct Run {
+  const float* rows;
+  const float* weights;
+  int64_t depth;
+};
+
+// out[feature] = out[feature] * factors + over runs and keys of rows[key][feature] * weights[key], kPositions features.
+template <class Lane, int kPositions>
+DGM_NOINLINE void tile_sums(const Run* runs, int64_t number, int64_t feature, int64_t row, const float* factors,
+                            float* out) {
+  Sums<kPositions> sums = {};
+  for (const Run* run = runs; run != runs + number; ++run)
+    accumulate<Lane, 1>(run->rows + feature, row, run->weights, kPanel, run->depth, sums);
+  DGM_UNROLL
+  for (int m = 0; m < kPositions; ++m)
+    for (int half = 0; half < 2; ++half) {
+      float* to = out + (feature + m) * kPanel + half * kWidth;
+      const F32 before = load(to);
+      store(to, sums[m][half] + (factors ? before * load(factors + half * kWidth) : before));
+    }
+}
+
+// The same for all features; `row` is the distance of the rows, `factors` is null for 1.
+template <class Lane>
+DGM_INLINE void weighted_sums(const Run* runs, int64_t number, int64_t features, int64_t row, const float* factors,
+                              float* out) {
+  const Pieces pieces(features);
+  for (int64_t piece = 0; piece < pieces.number; ++piece)
+    with_positions(pieces.length(piece), [&](auto positions) {
+      tile_sums<Lane, positions()>(runs, number, pieces.begin(piece), row, factors, out);
+    });
+}
+
+// out[key][feature] += over the queries of a panel of weights[key][query] * rows[query][feature].
+template <int kPositions, int kVectors>
+DGM_NOINLINE void tile_outer(const float* weights, const float* rows, int64_t row, float* out) {
+  Sums<kPositions, kVectors> sums = {};
+  accumulate<Single, kPanel>(weights, 1, rows, row, kPanel, sums);
+  DGM_UNROLL
+  for (int m = 0; m < kPositions; ++m)
+    for (int i = 0; i < kVectors; ++i) store(out + m * row + i * kWidth, load(out + m * row + i * kWidth) + sums[m][i]);
+}
+
+// The same for all features; `row`, the distance of the rows of `rows` and of `out`, is a multiple of kWidth.
+DGM_INLINE void outer_sums(const float* weights, int64_t positions, const float* rows, int64_t row, float* out) {
+  with_positions(positions, [&](auto number) {
+    int64_t feature = 0;
+    for (; feature + kPanel <= row; feature += kPanel)
+      tile_outer<number(), 2>(weights, rows + feature, row, out + feature);
+    if (feature < row) tile_outer<number(), 1>(weights, rows + feature, row, out + feature);
+  });
+}
+
+}  // namespace
+}  // namespace DGM_ISA_NAMESPACE
+}  // namespace dgm::attention
