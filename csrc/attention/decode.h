@@ -7,7 +7,7 @@ namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kRowsAtOnce = 4, kRowsAhead = 64;
 
 // Four rows as floats with whole vectors of features: where they lie if they are so, else copies.
 class FourRows {
@@ -25,6 +25,9 @@ class FourRows {
       const char* from = row_at(x_, batch_, head_, row + (r < count ? r : 0));
       to[r] = direct_ ? reinterpret_cast<const float*>(from) : copies_[r];
       if (!direct_) read_row(x_, from, features_, {}, 0, copies_[r]);
+      // The processor's own prefetching ends with every page, 16 rows of 64 floats.
+      const char* ahead = from + kRowsAhead * x_.row * element_size(x_.dtype);
+      for (int64_t b = 0; b < features_ * element_size(x_.dtype); b += 64) __builtin_prefetch(ahead + b);
     }
   }
 
@@ -35,18 +38,13 @@ class FourRows {
   alignas(64) float copies_[kRowsAtOnce][kMaxFeatures + kWidth];
 };
 
-typedef float Quad __attribute__((vector_size(16)));
-
 // Sums of the lanes of four vectors.
 DGM_INLINE Quad lane_sums(F32* v) {
   transpose4(v);
   const F32 sums = (v[0] + v[1]) + (v[2] + v[3]);
-  Quad total = {};
-  for (int group = 0; group < kWidth / 4; ++group) {
-    Quad part;
-    std::memcpy(&part, reinterpret_cast<const float*>(&sums) + 4 * group, sizeof part);
-    total += part;
-  }
+  Quad total = quad(sums, 0);
+  DGM_UNROLL
+  for (int i = 1; i < kWidth / 4; ++i) total += quad(sums, i);
   return total;
 }
 

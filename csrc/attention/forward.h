@@ -24,7 +24,7 @@ class Forward {
     tiles_ = scratch.take(ceil_divide(a.keys, kTile) * kTileRow * depth_);
     value_rows_ = scratch.take(depth_of<Lane>(a.keys + kTile) * a.value_features);
     queries_ = scratch.take(a.panels * kPanel * depth_);
-    sums_ = scratch.take(a.panels * kPanel * a.value_features);
+    sums_ = scratch.take(kPanel * (a.panels * a.value_features + kWidth));
     largest_ = scratch.take(a.panels * kPanel), denominators_ = scratch.take(a.panels * kPanel);
     scores_ = scratch.take(kBlockKeys * kPanel), pairs_ = scratch.take(kBlockKeys / 2 * kPanel);
     size_ = scratch.taken(memory);

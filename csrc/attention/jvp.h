@@ -18,7 +18,7 @@ class Jvp {
     value_rows_ = scratch.take(a.keys * a.value_features),
     tangent_value_rows_ = scratch.take(a.keys * a.value_features);
     queries_ = scratch.take(kPanel * a.features), tangent_queries_ = scratch.take(kPanel * a.features);
-    sums_ = scratch.take(kPanel * a.value_features), results_ = scratch.take(kPanel * a.value_features);
+    sums_ = scratch.take(kPanel * (a.value_features + kWidth)), results_ = scratch.take(kPanel * a.value_features);
     weights_ = scratch.take(kBlockKeys * kPanel), tangents_ = scratch.take(kBlockKeys * kPanel);
     size_ = scratch.taken(memory);
   }

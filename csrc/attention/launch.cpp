@@ -167,8 +167,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, 
   const int64_t blocks = ceil_divide(args.keys, DGM_PICK_ISA(block_keys)());
   if (key_heads == 0) return {grad_q, grad_k, grad_v};
   args.parts = std::clamp<int64_t>(kFewHeads / key_heads, 1, std::max<int64_t>(blocks, 1));
-  const at::Tensor sums =
-      floats(args.parts * args.batch * args.heads * panels * args.features * DGM_PICK_ISA(panel_width)());
+  const int64_t panel = DGM_PICK_ISA(panel_width)();
+  const at::Tensor sums = floats(panel * (args.parts * args.batch * args.heads * panels * args.features + panel));
   args.grad_panels = sums.mutable_data_ptr<float>();
   const auto run = DGM_PICK_ISA(backward);
   const int64_t work = args.heads / args.key_heads * panels * panel_work(args) * 2 / args.parts;

@@ -119,9 +119,10 @@ DGM_NOINLINE void turn_scores(const Scores& x, int64_t batch, int64_t head, int6
   }
   for (int64_t lane = 0; lane < kPanel; lane += kWidth)
     for (int64_t n = 0; n < count; n += 4) {
-      F32 v[4] = {};
-      for (int64_t i = 0; i < kWidth; ++i)  // vector j: keys n .. n + 3 of queries j, j + 4, ...
-        std::memcpy(reinterpret_cast<float*>(&v[i % 4]) + i / 4 * 4, rows[lane + i] + n, 4 * sizeof(float));
+      constexpr int64_t kRow = kTileRow + kWidth;
+      F32 v[4];  // vector j: keys n .. n + 3 of queries j, j + 4, ...
+      DGM_UNROLL
+      for (int j = 0; j < 4; ++j) v[j] = load_quads(rows[lane + j] + n, 4 * kRow);
       transpose4(v);
       for (int64_t j = 0; j < 4 && n + j < count; ++j) store(to + (n + j) * kPanel + lane, v[j]);
     }

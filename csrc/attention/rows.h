@@ -75,34 +75,49 @@ DGM_INLINE void read_pairs(const Rows& x, const char* from, int64_t features, co
   convert_from_floats(wide, features, DType::BFloat16, reinterpret_cast<char*>(to));
 }
 
+// A row's lanes, whole vectors of them: where they lie if the tensor holds them so, else in `copy`.
+template <class Lane>
+DGM_INLINE const float* lanes_of(const Rows& x, const char* from, int64_t features, const RopeArgs& rope,
+                                 int64_t position, float* copy) {
+  if constexpr (Lane::kPairs) {
+    if (features % (2 * kWidth) == 0 && !rope.table) return reinterpret_cast<const float*>(from);
+    read_pairs(x, from, features, rope, position, copy);
+  } else {
+    if (x.dtype == DType::Float32 && features % kWidth == 0 && !rope.table) return reinterpret_cast<const float*>(from);
+    read_row(x, from, features, rope, position, copy);
+  }
+  return copy;
+}
+
 // Rows [first, first + count) turned: lane d of row n to `to[d * stride + n]`. Rows up to `rows`, a multiple of four,
 // are zero.
 template <class Lane>
 DGM_NOINLINE void turn_rows(const Rows& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t rows,
                             int64_t features, const RopeArgs& rope, int64_t position, float factor, int64_t stride,
                             float* to) {
-  alignas(64) float four[4][kMaxFeatures + kWidth];
-  const int64_t depth = depth_of<Lane>(features), padded = whole_vectors(depth);
+  alignas(64) float copies[4][kMaxFeatures + kWidth];
+  const int64_t depth = depth_of<Lane>(features);
   for (int64_t n = 0; n < rows; n += 4) {
+    const float* four[4];
     for (int64_t r = 0; r < 4; ++r) {
-      if (n + r >= count) {
-        std::memset(four[r], 0, padded * sizeof(float));
-        continue;
-      }
       const char* from = row_at(x, batch, head, first + n + r);
-      if constexpr (Lane::kPairs)
-        read_pairs(x, from, features, rope, position + n + r, four[r]);
+      four[r] = copies[r];
+      if (n + r < count)
+        four[r] = lanes_of<Lane>(x, from, features, rope, position + n + r, copies[r]);
       else
-        read_row(x, from, features, rope, position + n + r, four[r]);
+        std::memset(copies[r], 0, whole_vectors(depth) * sizeof(float));
     }
     for (int64_t d = 0; d < depth; d += kWidth) {
       F32 v[4] = {load(four[0] + d), load(four[1] + d), load(four[2] + d), load(four[3] + d)};
-      if (!Lane::kPairs && factor != 1.0f)
-        for (F32& row : v) row *= factor;
+      if constexpr (!Lane::kPairs) DGM_UNROLL for (int r = 0; r < 4; ++r) v[r] *= factor;
       transpose4(v);  // vector j: rows n .. n + 3 of lanes d + j, d + j + 4, ...
-      for (int64_t lane = 0; lane < kWidth && d + lane < depth; ++lane)
-        std::memcpy(to + (d + lane) * stride + n, reinterpret_cast<const float*>(&v[lane % 4]) + lane / 4 * 4,
-                    4 * sizeof(float));
+      float* at = to + d * stride + n;
+      if (d + kWidth <= depth) {
+        DGM_UNROLL
+        for (int lane = 0; lane < kWidth; ++lane) store_unaligned(at + lane * stride, quad(v[lane % 4], lane / 4));
+      } else {
+        for (int lane = 0; d + lane < depth; ++lane) store_unaligned(at + lane * stride, quad(v[lane % 4], lane / 4));
+      }
     }
   }
 }
@@ -145,29 +160,36 @@ DGM_NOINLINE void pair_rows(const Rows& x, int64_t batch, int64_t head, int64_t 
   }
 }
 
-// Panel [features][kPanel] to rows: query n of `count` gets its features times `factors[n]`, turned back by its
-// position.
-DGM_NOINLINE void write_panel(const float* panel, int64_t count, int64_t features, const float* factors,
-                              const RopeArgs& rope, int64_t position, const OutputRows& out, char* to) {
-  alignas(64) float rows[4][kMaxFeatures + kWidth];
-  for (int64_t n = 0; n < count; n += 4) {
-    for (int64_t d = 0; d < features; d += kWidth) {
-      F32 v[4] = {};
-      for (int64_t lane = 0; lane < kWidth && d + lane < features; ++lane)
-        std::memcpy(reinterpret_cast<float*>(&v[lane % 4]) + lane / 4 * 4, panel + (d + lane) * kPanel + n,
-                    4 * sizeof(float));
-      transpose4(v);
-      for (int64_t r = 0; r < 4; ++r) store(rows[r] + d, v[r] * factors[n + r < count ? n + r : n]);
-    }
-    for (int64_t r = 0; r < 4 && n + r < count; ++r) {
-      if (rope.table) rotate(rope, position + n + r, true, rows[r]);
-      convert_from_floats(rows[r], features, out.dtype, to + (n + r) * out.row * element_size(out.dtype));
-    }
-  }
-}
-
 DGM_INLINE char* row_at(const OutputRows& x, int64_t batch, int64_t head, int64_t row) {
   return static_cast<char*>(x.data) + (batch * x.batch + head * x.head + row * x.row) * element_size(x.dtype);
+}
+
+// Panel [features][kPanel] to rows: query n of `count` gets its features times `factors[n]`, turned back by its
+// position. Of the panel whole vectors of features are read.
+DGM_NOINLINE void write_panel(const float* panel, int64_t count, int64_t features, const float* factors,
+                              const RopeArgs& rope, int64_t position, const OutputRows& out, char* to) {
+  alignas(64) float copies[4][kMaxFeatures + kWidth];
+  const bool direct = out.dtype == DType::Float32 && features % kWidth == 0 && !rope.table;
+  for (int64_t n = 0; n < count; n += 4) {
+    const int64_t some = count - n < 4 ? count - n : 4;
+    char* row = to + n * out.row * element_size(out.dtype);
+    float* rows[4];
+    for (int64_t r = 0; r < 4; ++r)
+      rows[r] = direct && r < some ? reinterpret_cast<float*>(row) + r * out.row : copies[r];
+    for (int64_t d = 0; d < features; d += kWidth) {
+      const float* from = panel + d * kPanel + n;
+      F32 v[4];  // vector j: queries n .. n + 3 of features d + j, d + j + 4, ...
+      DGM_UNROLL
+      for (int j = 0; j < 4; ++j) v[j] = load_quads(from + j * kPanel, 4 * kPanel);
+      transpose4(v);
+      DGM_UNROLL
+      for (int r = 0; r < 4; ++r) store(rows[r] + d, v[r] * factors[n + r]);
+    }
+    for (int64_t r = 0; r < some && !direct; ++r) {
+      if (rope.table) rotate(rope, position + n + r, true, rows[r]);
+      convert_from_floats(rows[r], features, out.dtype, row + r * out.row * element_size(out.dtype));
+    }
+  }
 }
 
 }  // namespace

@@ -197,6 +197,41 @@ DGM_INLINE void transpose4(F32* v) {
 #undef DGM_TRANSPOSE4
 }
 
+typedef float Quad __attribute__((vector_size(16)));
+
+// Four floats at from, four at from + apart, ...
+DGM_INLINE F32 load_quads(const float* from, [[maybe_unused]] int64_t apart) {
+#if defined(__AVX512F__)
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(from + apart), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(from + 2 * apart), 2);
+  return reinterpret_cast<F32>(_mm512_insertf32x4(v, _mm_loadu_ps(from + 3 * apart), 3));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(_mm256_loadu2_m128(from + apart, from));
+#else
+  return load_unaligned<F32>(from);
+#endif
+}
+
+DGM_INLINE Quad quad(F32 v, int index) {
+#if defined(__AVX512F__)
+  switch (index) {
+    case 0:
+      return reinterpret_cast<Quad>(_mm512_castps512_ps128(reinterpret_cast<__m512>(v)));
+    case 1:
+      return reinterpret_cast<Quad>(_mm512_extractf32x4_ps(reinterpret_cast<__m512>(v), 1));
+    case 2:
+      return reinterpret_cast<Quad>(_mm512_extractf32x4_ps(reinterpret_cast<__m512>(v), 2));
+    default:
+      return reinterpret_cast<Quad>(_mm512_extractf32x4_ps(reinterpret_cast<__m512>(v), 3));
+  }
+#else
+  Quad part;
+  std::memcpy(&part, reinterpret_cast<const float*>(&v) + 4 * index, sizeof part);
+  return part;
+#endif
+}
+
 // ---- Functions that philox.h is written with
 
 DGM_INLINE F32 square_root(F32 x) {
