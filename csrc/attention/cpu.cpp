@@ -11,7 +11,9 @@ namespace DGM_ISA_NAMESPACE {
 
 int64_t panel_width() { return kPanel; }
 
-int64_t block_keys() { return kBlockKeys; }
+int64_t panels(const ForwardArgs& a) { return Panels(a).number(); }
+
+int64_t blocks(const ForwardArgs& a) { return ceil_divide(Tiling(a).number(), kTilesTogether); }
 
 bool has_pairs() { return Pair::kPairs; }
 
@@ -34,7 +36,7 @@ void backward(const BackwardArgs& a, float* memory, int64_t begin, int64_t end) 
 }
 
 void backward_queries(const BackwardArgs& a, int64_t begin, int64_t end) {
-  const int64_t panels = panels_of(a.queries);
+  const int64_t panels = Panels(a).number();
   for (int64_t i = begin; i < end; ++i) finish_queries(a, i / panels / a.heads, i / panels % a.heads, i % panels);
 }
 
@@ -42,7 +44,7 @@ int64_t jvp_memory(const JvpArgs& a) { return Jvp(a, nullptr).size(); }
 
 void jvp(const JvpArgs& a, float* memory, int64_t begin, int64_t end) {
   Jvp work(a, memory);
-  const int64_t panels = panels_of(a.queries);
+  const int64_t panels = Panels(a).number();
   for (int64_t i = begin; i < end; ++i)
     work.unit(i / panels / a.heads, i / panels % a.heads, folded(i % panels, panels));
 }

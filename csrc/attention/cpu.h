@@ -10,7 +10,8 @@ namespace dgm::attention {
 // group of panels of queries), backward on those of (part of the keys, sample, key head), then backward_queries, like
 // jvp, on those of (sample, head, panel); decode on those of (sample, key head, part), then decode_combine on (sample,
 // head).
-DGM_DECLARE_PER_ISA(int64_t panel_width(); int64_t block_keys(); bool has_pairs();
+DGM_DECLARE_PER_ISA(int64_t panel_width(); int64_t panels(const ForwardArgs& args);
+                    int64_t blocks(const ForwardArgs& args); bool has_pairs();
                     int64_t forward_memory(const ForwardArgs& args, bool pairs);
                     void forward(const ForwardArgs& args, bool pairs, float* memory, int64_t begin, int64_t end);
                     int64_t backward_memory(const BackwardArgs& args);

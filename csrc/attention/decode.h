@@ -25,9 +25,7 @@ class FourRows {
       const char* from = row_at(x_, batch_, head_, row + (r < count ? r : 0));
       to[r] = direct_ ? reinterpret_cast<const float*>(from) : copies_[r];
       if (!direct_) read_row(x_, from, features_, {}, 0, copies_[r]);
-      // The processor's own prefetching ends with every page, 16 rows of 64 floats.
-      const char* ahead = from + kRowsAhead * x_.row * element_size(x_.dtype);
-      for (int64_t b = 0; b < features_ * element_size(x_.dtype); b += 64) __builtin_prefetch(ahead + b);
+      ask_ahead(x_, from, features_);
     }
   }
 

@@ -8,21 +8,15 @@ namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-// A block of keys that a panel looks at: the tiles of which any key is seen, their scores one after the other.
-struct Block {
-  Run runs[kTilesTogether];  // rows of the values (in pairs: of pairs) and weights
-  int64_t number = 0, keys = 0;
-};
-
-// What the units of a head share, and what a unit of work keeps.
+// Panels of queries of a head, against all its keys: a unit of work.
 template <class Lane>
 class Forward {
  public:
-  Forward(const ForwardArgs& a, float* memory) : a_(a) {
+  Forward(const ForwardArgs& a, float* memory) : a_(a), tiling_(a), panels_(a), depth_(depth_of<Lane>(a.features)) {
     Scratch scratch(memory);
-    depth_ = depth_of<Lane>(a.features);
-    tiles_ = scratch.take(ceil_divide(a.keys, kTile) * kTileRow * depth_);
-    value_rows_ = scratch.take(depth_of<Lane>(a.keys + kTile) * a.value_features);
+    const int64_t tiles = tiling_.number();
+    tiles_ = scratch.take(tiles * kTileRow * depth_);
+    value_rows_ = scratch.take((Lane::kPairs ? tiles * (kTile / 2) : a.keys) * a.value_features);
     queries_ = scratch.take(a.panels * kPanel * depth_);
     sums_ = scratch.take(kPanel * (a.panels * a.value_features + kWidth));
     largest_ = scratch.take(a.panels * kPanel), denominators_ = scratch.take(a.panels * kPanel);
@@ -32,44 +26,47 @@ class Forward {
 
   int64_t size() const { return size_; }
 
-  void unit(int64_t batch, int64_t head, int64_t index) {
-    prepare(batch, head / (a_.heads / a_.key_heads));
-    const int64_t first = index * a_.panels, last = panels_of(a_.queries);
-    const int64_t panels = last - first < a_.panels ? last - first : a_.panels;
-    Lanes lanes[kMostPanels];
-    int64_t begin = a_.keys, end = 0;
-    for (int64_t p = 0; p < panels; ++p) {
-      lanes[p] = Lanes(a_.mask, (first + p) * kPanel, queries_in(first + p), a_.keys);
-      if (lanes[p].first_key() < begin) begin = lanes[p].first_key();
-      if (lanes[p].last_key() > end) end = lanes[p].last_key();
-      start(batch, head, first + p, p);
-    }
-    for (int64_t key = begin / kBlockKeys * kBlockKeys; key < end; key += kBlockKeys)
-      for (int64_t p = 0; p < panels; ++p) visit(batch, head, first + p, p, lanes[p], key);
-    for (int64_t p = 0; p < panels; ++p) finish(batch, head, first + p, p);
-  }
-
   static constexpr int64_t kMostPanels = 4;
 
- private:
-  int64_t queries_in(int64_t panel) const { return rows_in(panel, a_.queries); }
+  void unit(int64_t batch, int64_t head, int64_t index) {
+    prepare(batch, head / (a_.heads / a_.key_heads));
+    const int64_t first = index * a_.panels, left = panels_.number() - first;
+    const int64_t number = left < a_.panels ? left : a_.panels;
+    Panel panels[kMostPanels];
+    Lanes lanes[kMostPanels];
+    int64_t begin = a_.keys, end = 0;
+    for (int64_t p = 0; p < number; ++p) {
+      panels[p] = panels_[first + p];
+      lanes[p] = Lanes(a_.mask, panels[p], a_.keys);
+      if (lanes[p].first_key() < begin) begin = lanes[p].first_key();
+      if (lanes[p].last_key() > end) end = lanes[p].last_key();
+      start(batch, head, panels[p], p);
+    }
+    // Blocks begin at the same tiles whatever the unit, and so do the sums: a result does not depend on what is
+    // computed beside it.
+    const int64_t last = begin < end ? tiling_.tile_of(end - 1) + 1 : 0;
+    for (int64_t tile = last ? tiling_.tile_of(begin) / kTilesTogether * kTilesTogether : 0; tile < last;
+         tile += kTilesTogether)
+      for (int64_t p = 0; p < number; ++p) visit(batch, head, panels[p], p, lanes[p], tile);
+    for (int64_t p = 0; p < number; ++p) finish(batch, head, panels[p], p);
+  }
 
+ private:
   // Keys in tiles and values in rows, of a head that others may share.
   void prepare(int64_t batch, int64_t key_head) {
     if (batch == batch_ && key_head == key_head_) return;
     batch_ = batch, key_head_ = key_head;
-    make_tiles<Lane>(a_.k, batch, key_head, 0, a_.keys, a_.features, a_.rope, tiles_);
-    if constexpr (Lane::kPairs) {
-      pair_rows(a_.v, batch, key_head, a_.keys, a_.value_features, value_rows_);
-      values_ = value_rows_;
-    } else {
-      values_ = dense_rows(a_.v, batch, key_head, 0, a_.keys, a_.value_features, {}, 0, a_.value_features, value_rows_);
-    }
+    make_tiles<Lane>(a_.k, batch, key_head, tiling_, 0, tiling_.number(), a_.features, a_.rope, tiles_);
+    values_ = value_rows_;
+    if constexpr (Lane::kPairs)
+      make_pairs(a_.v, batch, key_head, tiling_, a_.value_features, value_rows_);
+    else
+      values_ = dense_rows(a_.v, batch, key_head, 0, a_.keys, a_.value_features, {}, a_.value_features, value_rows_);
   }
 
-  void start(int64_t batch, int64_t head, int64_t panel, int64_t p) {
-    turn_rows<Lane>(a_.q, batch, head, panel * kPanel, queries_in(panel), kPanel, a_.features, a_.rope,
-                    a_.mask.first + panel * kPanel, a_.scale * kLog2E, kPanel, queries_ + p * kPanel * depth_);
+  void start(int64_t batch, int64_t head, const Panel& panel, int64_t p) {
+    turn_rows<Lane>(a_.q, batch, head, panel.places(), panel.count, kPanel, a_.features, a_.rope, a_.mask.first,
+                    a_.scale * kLog2E, kPanel, queries_ + p * kPanel * depth_);
     std::memset(sums_ + p * kPanel * a_.value_features, 0, kPanel * a_.value_features * sizeof(float));
     for (int half = 0; half < 2; ++half) {
       store(largest_ + p * kPanel + half * kWidth, broadcast_float(kMinusInfinity));
@@ -77,32 +74,37 @@ class Forward {
     }
   }
 
-  // The scores of a block, their exponentials, and the values that these weigh.
-  void visit(int64_t batch, int64_t head, int64_t panel, int64_t p, const Lanes& lanes, int64_t key) {
-    Block block;
-    const bool always = a_.mask.slopes || a_.mask.bias.data || a_.mask.keep.data;
-    for (int64_t t = 0; t < kTilesTogether && key < a_.keys; ++t, key += kTile) {
-      const int64_t count = a_.keys - key < kTile ? a_.keys - key : kTile;
-      const Sight sight = lanes.sight(key, count);
+  // The scores of a block of tiles, their exponentials, and the values that these weigh.
+  void visit(int64_t batch, int64_t head, const Panel& panel, int64_t p, const Lanes& lanes, int64_t first) {
+    Run runs[kTilesTogether];
+    int64_t number = 0, rows = 0;
+    for (int64_t index = first; index < first + kTilesTogether && index < tiling_.number(); ++index) {
+      const KeyTile tile = tiling_[index];
+      const Sight sight = lanes.sight(tile.key, tile.count);
       if (sight == Sight::None) continue;
-      float* to = scores_ + block.keys * kPanel;
-      scores<Lane>(tiles_ + key / kTile * kTileRow * depth_, count, queries_ + p * kPanel * depth_, depth_,
+      float* to = scores_ + rows * kPanel;
+      scores<Lane>(tiles_ + index * kTileRow * depth_, tile.count, queries_ + p * kPanel * depth_, depth_,
                    a_.scale * kLog2E, to);
-      if (always || sight == Sight::Part)
-        adjust(a_, lanes, sight, batch, head, panel * kPanel, queries_in(panel), key, count, to);
+      if (sight == Sight::Part || adjusts_all(a_.mask)) adjust(a_.mask, lanes, sight, batch, head, panel, tile, to);
       if constexpr (Lane::kPairs) {
-        block.runs[block.number] = {values_ + key / 2 * a_.value_features, pairs_ + block.keys / 2 * kPanel,
-                                    (count + 1) / 2};
+        runs[number++] = {values_ + index * (kTile / 2) * a_.value_features, pairs_ + rows / 2 * kPanel,
+                          (tile.count + 1) / 2};
+        if (tile.count % 2) hide_row(to + tile.count * kPanel);  // the other half of the last pair
+        rows += (tile.count + 1) / 2 * 2;
       } else {
-        block.runs[block.number] = {values_ + key * a_.value_features, to, count};
+        runs[number++] = {values_ + tile.key * a_.value_features, to, tile.count};
+        rows += tile.count;
       }
-      block.number += 1, block.keys += count;
     }
-    if (block.number == 0) return;
+    if (number == 0) return;
     alignas(64) float factors[kPanel];
-    exponentials(block.keys, largest_ + p * kPanel, denominators_ + p * kPanel, factors);
-    weighted_sums<Lane>(block.runs, block.number, a_.value_features, a_.value_features, factors,
+    exponentials(rows, largest_ + p * kPanel, denominators_ + p * kPanel, factors);
+    weighted_sums<Lane>(runs, number, a_.value_features, a_.value_features, factors,
                         sums_ + p * kPanel * a_.value_features);
+  }
+
+  static void hide_row(float* scores) {
+    for (int half = 0; half < 2; ++half) store(scores + half * kWidth, broadcast_float(kMinusInfinity));
   }
 
   // Scores s become 2^(s - m), m the greatest so far of each query; `factors` are for what was summed with an older m.
@@ -167,8 +169,7 @@ class Forward {
   static DGM_INLINE_METHOD F32 pair(F32 low, F32) { return low; }
 #endif
 
-  void finish(int64_t batch, int64_t head, int64_t panel, int64_t p) {
-    const int64_t query = panel * kPanel, count = queries_in(panel);
+  void finish(int64_t batch, int64_t head, const Panel& panel, int64_t p) {
     alignas(64) float factors[kPanel], logs[kPanel];
     for (int half = 0; half < 2; ++half) {
       const F32 sum = load(denominators_ + p * kPanel + half * kWidth);
@@ -178,13 +179,15 @@ class Forward {
       const F32 log = most * kLn2 + logarithm(blind ? broadcast_float(1.0f) : sum);
       store(logs + half * kWidth, blind ? broadcast_float(kMinusInfinity) : log);
     }
-    std::memcpy(a_.lse + (batch * a_.heads + head) * a_.queries + query, logs, count * sizeof(float));
-    write_panel(sums_ + p * kPanel * a_.value_features, count, a_.value_features, factors, {}, 0, a_.out,
-                row_at(a_.out, batch, head, query));
+    float* lse = a_.lse + (batch * a_.heads + head) * a_.queries;
+    for (int64_t n = 0; n < panel.count; ++n) lse[panel.query[n]] = logs[n];
+    write_panel(sums_ + p * kPanel * a_.value_features, panel, a_.value_features, factors, {}, 0, a_.out, batch, head);
   }
 
   const ForwardArgs& a_;
-  int64_t depth_ = 0, size_ = 0, batch_ = -1, key_head_ = -1;
+  Tiling tiling_;
+  Panels panels_;
+  int64_t depth_, size_ = 0, batch_ = -1, key_head_ = -1;
   float *tiles_, *value_rows_, *queries_, *sums_, *largest_, *denominators_, *scores_, *pairs_;
   const float* values_ = nullptr;
 };

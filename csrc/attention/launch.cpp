@@ -117,7 +117,7 @@ void share(int64_t units, int64_t work, int64_t memory, const std::function<void
   });
 }
 
-int64_t panels_in(int64_t queries) { return ceil_divide(queries, DGM_PICK_ISA_BF16(panel_width)()); }
+int64_t panels_of(const ForwardArgs& a) { return a.queries == 0 ? 0 : DGM_PICK_ISA_BF16(panels)(a); }
 
 // Multiplications of a panel of queries with all keys.
 int64_t panel_work(const ForwardArgs& a) {
@@ -134,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   fill(args, q, k, v, DGM_GIVEN_SETTINGS);
   const at::Tensor out = empty_like_queries(q, args.value_features);
   const at::Tensor lse = at::empty({args.batch, args.heads, args.queries}, q.options().dtype(at::kFloat));
-  const int64_t heads = args.batch * args.heads, panels = panels_in(args.queries);
+  const int64_t heads = args.batch * args.heads, panels = panels_of(args);
   if (heads * panels == 0) return {out, lse};
   args.out = rows_of<OutputRows>("out", out), args.lse = lse.mutable_data_ptr<float>();
   // Several panels read a block of keys while it is in the first-level cache; but threads must find enough units.
@@ -163,8 +163,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, 
   const at::Tensor grad_v = empty_like_queries(v, args.value_features);
   args.grad_q = rows_of<OutputRows>("grad_q", grad_q);
   args.grad_k = rows_of<OutputRows>("grad_k", grad_k), args.grad_v = rows_of<OutputRows>("grad_v", grad_v);
-  const int64_t panels = panels_in(args.queries), key_heads = args.batch * args.key_heads;
-  const int64_t blocks = ceil_divide(args.keys, DGM_PICK_ISA(block_keys)());
+  const int64_t panels = panels_of(args), key_heads = args.batch * args.key_heads;
+  const int64_t blocks = DGM_PICK_ISA(blocks)(args);
   if (key_heads == 0) return {grad_q, grad_k, grad_v};
   args.parts = std::clamp<int64_t>(kFewHeads / key_heads, 1, std::max<int64_t>(blocks, 1));
   const int64_t panel = DGM_PICK_ISA(panel_width)();
@@ -197,7 +197,7 @@ std::tuple<at::Tensor, at::Tensor> jvp(const at::Tensor& q, const at::Tensor& k,
                    lse_tangent = at::empty(lse.sizes(), lse.options());
   args.out = rows_of<OutputRows>("tangent", tangent), args.lse_tangent = lse_tangent.mutable_data_ptr<float>();
   const auto run = DGM_PICK_ISA(jvp);
-  share(args.batch * args.heads * panels_in(args.queries), 2 * panel_work(args), DGM_PICK_ISA(jvp_memory)(args),
+  share(args.batch * args.heads * panels_of(args), 2 * panel_work(args), DGM_PICK_ISA(jvp_memory)(args),
         [&](float* memory, int64_t begin, int64_t end) { run(args, memory, begin, end); });
   return {tangent, lse_tangent};
 }

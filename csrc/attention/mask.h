@@ -1,8 +1,7 @@
 // Which keys a panel of queries sees, and what masks and biases do to a tile of scores.
 #pragma once
 
-#include "attention/args.h"
-#include "attention/products.h"
+#include "attention/plan.h"
 
 namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
@@ -18,10 +17,10 @@ DGM_INLINE I32 absolute(I32 x) { return x < 0 ? -x : x; }
 class Lanes {
  public:
   Lanes() = default;
-  Lanes(const MaskArgs& mask, int64_t first, int64_t count, int64_t keys) : width_(mask.width), radius_(mask.radius) {
+  Lanes(const MaskArgs& mask, const Panel& panel, int64_t keys) : width_(mask.width), radius_(mask.radius) {
     alignas(64) int32_t begin[kPanel], end[kPanel], position[kPanel], column[kPanel];
     for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const int64_t query = first + (lane < count ? lane : count - 1);
+      const int64_t query = panel.query[lane < panel.count ? lane : panel.count - 1];
       begin[lane] = mask.bounds ? mask.bounds[2 * query] : 0;
       end[lane] = mask.bounds ? mask.bounds[2 * query + 1] : static_cast<int32_t>(keys);
       position[lane] = static_cast<int32_t>(mask.first + query);
@@ -97,52 +96,54 @@ class Lanes {
   int64_t least_begin_ = 0, most_begin_ = 0, least_end_ = 0, most_end_ = 0, least_column_ = 0, most_column_ = 0;
 };
 
-// The part of a matrix [queries, keys] for a tile: `count` keys from `key` on for `queries` queries from `query` on, as
-// floats, a row of kPanel for each key.
-DGM_NOINLINE void turn_scores(const Scores& x, int64_t batch, int64_t head, int64_t query, int64_t queries, int64_t key,
-                              int64_t count, float* to) {
+// The part of a matrix [queries, keys] for a panel and a tile, as floats, a row of kPanel for each key.
+DGM_NOINLINE void turn_scores(const Scores& x, int64_t batch, int64_t head, const Panel& panel, const KeyTile& tile,
+                              float* to) {
   alignas(64) float rows[kPanel][kTileRow + kWidth];
   const int64_t bytes = element_size(x.dtype);
-  const char* from =
-      static_cast<const char*>(x.data) + (batch * x.batch + head * x.head + query * x.query + key * x.key) * bytes;
+  const char* from = static_cast<const char*>(x.data) + (batch * x.batch + head * x.head + tile.key * x.key) * bytes;
   for (int64_t lane = 0; lane < kPanel; ++lane) {
-    const char* row = from + (lane < queries ? lane : queries - 1) * x.query * bytes;
+    const char* row = from + panel.query[lane < panel.count ? lane : panel.count - 1] * x.query * bytes;
     if (x.key == 1) {
-      convert_to_floats(row, x.dtype, count, rows[lane]);
+      convert_to_floats(row, x.dtype, tile.count, rows[lane]);
       continue;
     }
-    for (int64_t n = 0; n < count; ++n) {
+    for (int64_t n = 0; n < tile.count; ++n) {
       alignas(64) float one[kWidth];
       convert_to_floats(row + n * x.key * bytes, x.dtype, 1, one);
       rows[lane][n] = one[0];
     }
   }
   for (int64_t lane = 0; lane < kPanel; lane += kWidth)
-    for (int64_t n = 0; n < count; n += 4) {
+    for (int64_t n = 0; n < tile.count; n += 4) {
       constexpr int64_t kRow = kTileRow + kWidth;
       F32 v[4];  // vector j: keys n .. n + 3 of queries j, j + 4, ...
       DGM_UNROLL
       for (int j = 0; j < 4; ++j) v[j] = load_quads(rows[lane + j] + n, 4 * kRow);
       transpose4(v);
-      for (int64_t j = 0; j < 4 && n + j < count; ++j) store(to + (n + j) * kPanel + lane, v[j]);
+      for (int64_t j = 0; j < 4 && n + j < tile.count; ++j) store(to + (n + j) * kPanel + lane, v[j]);
     }
 }
 
+// Whether a mask or a bias is read for every score.
+DGM_INLINE bool adjusts_all(const MaskArgs& mask) { return mask.slopes || mask.bias.data || mask.keep.data; }
+
 // Applies everything that masks or adds to the scores of a tile, in units of log 2.
-DGM_NOINLINE void adjust(const ForwardArgs& a, const Lanes& lanes, Sight sight, int64_t batch, int64_t head,
-                         int64_t query, int64_t queries, int64_t key, int64_t count, float* scores) {
+DGM_NOINLINE void adjust(const MaskArgs& mask, const Lanes& lanes, Sight sight, int64_t batch, int64_t head,
+                         const Panel& panel, const KeyTile& tile, float* scores) {
   alignas(64) float other[kTile * kPanel];
-  if (a.mask.slopes) lanes.add_distances(a.mask.slopes[head] * kLog2E, key, count, scores);
-  if (a.mask.bias.data) {
-    turn_scores(a.mask.bias, batch, head, query, queries, key, count, other);
-    for (int64_t i = 0; i < count * kPanel; i += kWidth) store(scores + i, load(other + i) * kLog2E + load(scores + i));
+  if (mask.slopes) lanes.add_distances(mask.slopes[head] * kLog2E, tile.key, tile.count, scores);
+  if (mask.bias.data) {
+    turn_scores(mask.bias, batch, head, panel, tile, other);
+    for (int64_t i = 0; i < tile.count * kPanel; i += kWidth)
+      store(scores + i, load(other + i) * kLog2E + load(scores + i));
   }
-  if (a.mask.keep.data) {
-    turn_scores(a.mask.keep, batch, head, query, queries, key, count, other);
-    for (int64_t i = 0; i < count * kPanel; i += kWidth)
+  if (mask.keep.data) {
+    turn_scores(mask.keep, batch, head, panel, tile, other);
+    for (int64_t i = 0; i < tile.count * kPanel; i += kWidth)
       store(scores + i, load(other + i) != 0.0f ? load(scores + i) : broadcast_float(kMinusInfinity));
   }
-  if (sight == Sight::Part) lanes.hide(key, count, scores);
+  if (sight == Sight::Part) lanes.hide(tile.key, tile.count, scores);
 }
 
 }  // namespace

@@ -1,16 +1,13 @@
 // Rows of queries, keys and values, brought to the form that the inner loop reads, and results back to rows.
 #pragma once
 
-#include "attention/args.h"
-#include "attention/products.h"
+#include "attention/plan.h"
 
 namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kMaxFeatures = 1024;  // of a row in a buffer; launch.cpp refuses more
-
-DGM_INLINE int64_t panels_of(int64_t queries) { return ceil_divide(queries, kPanel); }
 
 // Memory for a thread, in pieces.
 class Scratch {
@@ -27,12 +24,6 @@ class Scratch {
   float* next_;
 };
 
-// Rows of a panel, of which the last one may have fewer.
-DGM_INLINE int64_t rows_in(int64_t panel, int64_t rows) {
-  const int64_t left = rows - panel * kPanel;
-  return left < kPanel ? left : kPanel;
-}
-
 // Unit `index` of `units` in an order that puts light and heavy ones of a causal mask side by side, so that threads,
 // each of which takes a range, have as much to do.
 DGM_INLINE int64_t folded(int64_t index, int64_t units) { return index % 2 ? units - 1 - index / 2 : index / 2; }
@@ -41,6 +32,14 @@ DGM_INLINE int64_t whole_vectors(int64_t count) { return ceil_divide(count, kWid
 
 DGM_INLINE const char* row_at(const Rows& x, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const char*>(x.data) + (batch * x.batch + head * x.head + row * x.row) * element_size(x.dtype);
+}
+
+// Asks for the row that will be read some rows later: the processor's own prefetching ends with every page, 16 rows of
+// 64 floats.
+DGM_INLINE void ask_ahead(const Rows& x, const char* row, int64_t features) {
+  constexpr int64_t kRowsAhead = 32;
+  const char* ahead = row + kRowsAhead * x.row * element_size(x.dtype);
+  for (int64_t byte = 0; byte < features * element_size(x.dtype); byte += 64) __builtin_prefetch(ahead + byte);
 }
 
 // Turns pairs of features by the angles of a position; by their opposites, for gradients, if `back`.
@@ -89,23 +88,25 @@ DGM_INLINE const float* lanes_of(const Rows& x, const char* from, int64_t featur
   return copy;
 }
 
-// Rows [first, first + count) turned: lane d of row n to `to[d * stride + n]`. Rows up to `rows`, a multiple of four,
-// are zero.
+// `count` rows turned: lane d of row n to `to[d * stride + n]`. Rows up to `rows`, a multiple of four, are zero.
 template <class Lane>
-DGM_NOINLINE void turn_rows(const Rows& x, int64_t batch, int64_t head, int64_t first, int64_t count, int64_t rows,
-                            int64_t features, const RopeArgs& rope, int64_t position, float factor, int64_t stride,
-                            float* to) {
+DGM_NOINLINE void turn_rows(const Rows& x, int64_t batch, int64_t head, const Places& places, int64_t count,
+                            int64_t rows, int64_t features, const RopeArgs& rope, int64_t position, float factor,
+                            int64_t stride, float* to) {
   alignas(64) float copies[4][kMaxFeatures + kWidth];
   const int64_t depth = depth_of<Lane>(features);
   for (int64_t n = 0; n < rows; n += 4) {
     const float* four[4];
     for (int64_t r = 0; r < 4; ++r) {
-      const char* from = row_at(x, batch, head, first + n + r);
       four[r] = copies[r];
-      if (n + r < count)
-        four[r] = lanes_of<Lane>(x, from, features, rope, position + n + r, copies[r]);
-      else
+      if (n + r >= count) {
         std::memset(copies[r], 0, whole_vectors(depth) * sizeof(float));
+        continue;
+      }
+      const int64_t place = places[n + r];
+      const char* from = row_at(x, batch, head, place);
+      ask_ahead(x, from, features);
+      four[r] = lanes_of<Lane>(x, from, features, rope, position + place, copies[r]);
     }
     for (int64_t d = 0; d < depth; d += kWidth) {
       F32 v[4] = {load(four[0] + d), load(four[1] + d), load(four[2] + d), load(four[3] + d)};
@@ -122,41 +123,45 @@ DGM_NOINLINE void turn_rows(const Rows& x, int64_t batch, int64_t head, int64_t 
   }
 }
 
-// Rows [begin, end) of a head in tiles [tile][lane][kTileRow].
+// Tiles [begin, end) of a head's keys, or values, as [tile][lane][kTileRow].
 template <class Lane>
-DGM_NOINLINE void make_tiles(const Rows& x, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t features,
-                             const RopeArgs& rope, float* to) {
-  const int64_t depth = depth_of<Lane>(features);
-  for (int64_t first = begin; first < end; first += kTile, to += depth * kTileRow) {
-    const int64_t some = end - first < kTile ? end - first : kTile;
-    turn_rows<Lane>(x, batch, head, first, some, kTileRow, features, rope, first, 1.0f, kTileRow, to);
+DGM_NOINLINE void make_tiles(const Rows& x, int64_t batch, int64_t head, const Tiling& tiling, int64_t begin,
+                             int64_t end, int64_t features, const RopeArgs& rope, float* to) {
+  for (int64_t index = begin; index < end; ++index, to += depth_of<Lane>(features) * kTileRow) {
+    const KeyTile tile = tiling[index];
+    turn_rows<Lane>(x, batch, head, {nullptr, tile.key}, tile.count, kTileRow, features, rope, 0, 1.0f, kTileRow, to);
   }
 }
 
 // Rows [begin, end) of a head as floats, `row` floats apart: the tensor's own memory if that is what it holds, else
 // `to`, with zeros behind the features.
 DGM_NOINLINE const float* dense_rows(const Rows& x, int64_t batch, int64_t head, int64_t begin, int64_t end,
-                                     int64_t features, const RopeArgs& rope, int64_t position, int64_t row, float* to) {
+                                     int64_t features, const RopeArgs& rope, int64_t row, float* to) {
   if (x.dtype == DType::Float32 && x.row == row && row == features && !rope.table)
     return reinterpret_cast<const float*>(row_at(x, batch, head, begin));
   alignas(64) float wide[kMaxFeatures + kWidth];
   for (int64_t n = begin; n < end; ++n) {
-    read_row(x, row_at(x, batch, head, n), features, rope, position + n, wide);
+    const char* from = row_at(x, batch, head, n);
     float* dense = to + (n - begin) * row;
-    std::memcpy(dense, wide, features * sizeof(float));
+    std::memcpy(dense, lanes_of<Single>(x, from, features, rope, n, wide), features * sizeof(float));
     std::memset(dense + features, 0, (row - features) * sizeof(float));
   }
   return to;
 }
 
-// Values of bfloat16 as pairs of neighbouring keys: [keys / 2][features].
-DGM_NOINLINE void pair_rows(const Rows& x, int64_t batch, int64_t head, int64_t count, int64_t features, float* to) {
-  for (int64_t n = 0; n < count; n += 2, to += features) {
-    const uint16_t* low = reinterpret_cast<const uint16_t*>(row_at(x, batch, head, n));
-    const uint16_t* high = n + 1 < count ? reinterpret_cast<const uint16_t*>(row_at(x, batch, head, n + 1)) : nullptr;
+// Values of bfloat16 in tiles, as pairs of neighbouring keys: [tile][keys / 2][features].
+DGM_NOINLINE void make_pairs(const Rows& x, int64_t batch, int64_t head, const Tiling& tiling, int64_t features,
+                             float* to) {
+  for (int64_t index = 0; index < tiling.number(); ++index, to += kTile / 2 * features) {
+    const KeyTile tile = tiling[index];
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t d = 0; d < features; ++d)
-      pairs[d] = low[d] | static_cast<uint32_t>(high ? high[d] : uint16_t{0}) << 16;
+    for (int64_t n = 0; n < tile.count; n += 2, pairs += features) {
+      const auto* low = reinterpret_cast<const uint16_t*>(row_at(x, batch, head, tile.key + n));
+      const bool last = n + 1 == tile.count;
+      const auto* high = last ? low : reinterpret_cast<const uint16_t*>(row_at(x, batch, head, tile.key + n + 1));
+      const uint32_t kept = last ? 0 : 0xFFFF0000u;
+      for (int64_t d = 0; d < features; ++d) pairs[d] = low[d] | (static_cast<uint32_t>(high[d]) << 16 & kept);
+    }
   }
 }
 
@@ -164,30 +169,30 @@ DGM_INLINE char* row_at(const OutputRows& x, int64_t batch, int64_t head, int64_
   return static_cast<char*>(x.data) + (batch * x.batch + head * x.head + row * x.row) * element_size(x.dtype);
 }
 
-// Panel [features][kPanel] to rows: query n of `count` gets its features times `factors[n]`, turned back by its
-// position. Of the panel whole vectors of features are read.
-DGM_NOINLINE void write_panel(const float* panel, int64_t count, int64_t features, const float* factors,
-                              const RopeArgs& rope, int64_t position, const OutputRows& out, char* to) {
+// Panel [features][kPanel] to rows: query n gets its features times `factors[n]`, turned back by its position. Of the
+// panel whole vectors of features are read.
+DGM_NOINLINE void write_panel(const float* sums, const Panel& panel, int64_t features, const float* factors,
+                              const RopeArgs& rope, int64_t position, const OutputRows& out, int64_t batch,
+                              int64_t head) {
   alignas(64) float copies[4][kMaxFeatures + kWidth];
   const bool direct = out.dtype == DType::Float32 && features % kWidth == 0 && !rope.table;
-  for (int64_t n = 0; n < count; n += 4) {
-    const int64_t some = count - n < 4 ? count - n : 4;
-    char* row = to + n * out.row * element_size(out.dtype);
+  for (int64_t n = 0; n < panel.count; n += 4) {
+    const int64_t some = panel.count - n < 4 ? panel.count - n : 4;
     float* rows[4];
     for (int64_t r = 0; r < 4; ++r)
-      rows[r] = direct && r < some ? reinterpret_cast<float*>(row) + r * out.row : copies[r];
+      rows[r] = direct && r < some ? reinterpret_cast<float*>(row_at(out, batch, head, panel.query[n + r])) : copies[r];
     for (int64_t d = 0; d < features; d += kWidth) {
-      const float* from = panel + d * kPanel + n;
       F32 v[4];  // vector j: queries n .. n + 3 of features d + j, d + j + 4, ...
       DGM_UNROLL
-      for (int j = 0; j < 4; ++j) v[j] = load_quads(from + j * kPanel, 4 * kPanel);
+      for (int j = 0; j < 4; ++j) v[j] = load_quads(sums + (d + j) * kPanel + n, 4 * kPanel);
       transpose4(v);
       DGM_UNROLL
       for (int r = 0; r < 4; ++r) store(rows[r] + d, v[r] * factors[n + r]);
     }
     for (int64_t r = 0; r < some && !direct; ++r) {
-      if (rope.table) rotate(rope, position + n + r, true, rows[r]);
-      convert_from_floats(rows[r], features, out.dtype, row + r * out.row * element_size(out.dtype));
+      const int64_t query = panel.query[n + r];
+      if (rope.table) rotate(rope, position + query, true, rows[r]);
+      convert_from_floats(rows[r], features, out.dtype, row_at(out, batch, head, query));
     }
   }
 }
