@@ -78,14 +78,20 @@ class Forward {
   void visit(int64_t batch, int64_t head, const Panel& panel, int64_t p, const Lanes& lanes, int64_t first) {
     Run runs[kTilesTogether];
     int64_t number = 0, rows = 0;
+    alignas(64) float most[kPanel], factors[kPanel];
+    std::memcpy(most, largest_ + p * kPanel, sizeof most);
     for (int64_t index = first; index < first + kTilesTogether && index < tiling_.number(); ++index) {
       const KeyTile tile = tiling_[index];
       const Sight sight = lanes.sight(tile.key, tile.count);
       if (sight == Sight::None) continue;
       float* to = scores_ + rows * kPanel;
+      const bool adjusted = sight == Sight::Part || adjusts_all(a_.mask);
       scores<Lane>(tiles_ + index * kTileRow * depth_, tile.count, queries_ + p * kPanel * depth_, depth_,
-                   a_.scale * kLog2E, to);
-      if (sight == Sight::Part || adjusts_all(a_.mask)) adjust(a_.mask, lanes, sight, batch, head, panel, tile, to);
+                   a_.scale * kLog2E, to, adjusted ? nullptr : most);
+      if (adjusted) {
+        adjust(a_.mask, lanes, sight, batch, head, panel, tile, to);
+        find_largest(to, tile.count, most);
+      }
       if constexpr (Lane::kPairs) {
         runs[number++] = {values_ + index * (kTile / 2) * a_.value_features, pairs_ + rows / 2 * kPanel,
                           (tile.count + 1) / 2};
@@ -97,8 +103,7 @@ class Forward {
       }
     }
     if (number == 0) return;
-    alignas(64) float factors[kPanel];
-    exponentials(rows, largest_ + p * kPanel, denominators_ + p * kPanel, factors);
+    exponentials(rows, most, largest_ + p * kPanel, denominators_ + p * kPanel, factors);
     weighted_sums<Lane>(runs, number, a_.value_features, a_.value_features, factors,
                         sums_ + p * kPanel * a_.value_features);
   }
@@ -107,16 +112,22 @@ class Forward {
     for (int half = 0; half < 2; ++half) store(scores + half * kWidth, broadcast_float(kMinusInfinity));
   }
 
-  // Scores s become 2^(s - m), m the greatest so far of each query; `factors` are for what was summed with an older m.
-  void exponentials(int64_t keys, float* largest, float* denominators, float* factors) {
-    F32 most[2] = {load(largest), load(largest + kWidth)}, sum[2] = {};
-    for (int64_t n = 0; n < keys; ++n)
-      for (int half = 0; half < 2; ++half) most[half] = larger(load(scores_ + n * kPanel + half * kWidth), most[half]);
-    F32 shift[2];
+  static void find_largest(const float* scores, int64_t rows, float* most) {
     for (int half = 0; half < 2; ++half) {
-      shift[half] = most[half] == kMinusInfinity ? F32{} : most[half];  // of a query that has seen nothing
+      F32 found = load(most + half * kWidth);
+      for (int64_t n = 0; n < rows; ++n) found = larger(load(scores + n * kPanel + half * kWidth), found);
+      store(most + half * kWidth, found);
+    }
+  }
+
+  // Scores s become 2^(s - m), m the greatest so far of each query; `factors` are for what was summed with an older m.
+  void exponentials(int64_t keys, const float* most, float* largest, float* denominators, float* factors) {
+    F32 sum[2] = {}, shift[2];
+    for (int half = 0; half < 2; ++half) {
+      const F32 now = load(most + half * kWidth);
+      shift[half] = now == kMinusInfinity ? F32{} : now;  // of a query that has seen nothing
       store(factors + half * kWidth, power_of_two_below_one(load(largest + half * kWidth) - shift[half]));
-      store(largest + half * kWidth, most[half]);
+      store(largest + half * kWidth, now);
     }
     // In two sums, for a chain of additions would wait for each.
     F32 other[2] = {};

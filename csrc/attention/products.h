@@ -58,21 +58,32 @@ DGM_INLINE void accumulate(const float* data, int64_t stride, const float* weigh
   }
 }
 
-// A tile of keys times a panel of queries: `to` gets a row of kPanel scores for each key.
+// A tile of keys times a panel of queries: `to` gets a row of kPanel scores for each key; `largest`, where it is
+// wanted, the greatest of every query.
 template <class Lane, int kPositions>
-DGM_NOINLINE void tile_scores(const float* keys, const float* queries, int64_t depth, float factor, float* to) {
+DGM_NOINLINE void tile_scores(const float* keys, const float* queries, int64_t depth, float factor, float* to,
+                              float* largest) {
   Sums<kPositions> sums = {};
   accumulate<Lane, 1>(keys, kTileRow, queries, kPanel, depth, sums);
+  if constexpr (Lane::kPairs) DGM_UNROLL for (auto& row : sums) for (F32& v : row) v *= factor;
   DGM_UNROLL
   for (int m = 0; m < kPositions; ++m)
-    for (int half = 0; half < 2; ++half)
-      store(to + m * kPanel + half * kWidth, Lane::kPairs ? sums[m][half] * factor : sums[m][half]);
+    for (int half = 0; half < 2; ++half) store(to + m * kPanel + half * kWidth, sums[m][half]);
+  if (!largest) return;
+  DGM_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    F32 most = load(largest + half * kWidth);
+    DGM_UNROLL
+    for (int m = 0; m < kPositions; ++m) most = larger(sums[m][half], most);
+    store(largest + half * kWidth, most);
+  }
 }
 
 template <class Lane>
 DGM_INLINE void scores(const float* keys, int64_t positions, const float* queries, int64_t depth, float factor,
-                       float* to) {
-  with_positions(positions, [&](auto number) { tile_scores<Lane, number()>(keys, queries, depth, factor, to); });
+                       float* to, float* largest = nullptr) {
+  with_positions(positions,
+                 [&](auto number) { tile_scores<Lane, number()>(keys, queries, depth, factor, to, largest); });
 }
 
 // The directional derivative of a tile of scores: keys times tangents of queries plus tangents of keys times queries.
