@@ -33,8 +33,8 @@ void check_rows(const char* name, const at::Tensor& x, int64_t batch, int64_t he
   TORCH_CHECK_VALUE(x.is_cpu(), name, " must be on the CPU, got ", x.device());
   TORCH_CHECK_TYPE(x.scalar_type() == dtype && x.is_floating_point(), name, " must be ", dtype, ", got ",
                    x.scalar_type());
-  TORCH_CHECK_VALUE(features <= 1 || x.stride(3) == 1, name, " must have contiguous features, got strides ",
-                    x.strides());
+  TORCH_CHECK_VALUE(features <= 1 || x.stride(3) == 1 || x.numel() == 0, name,
+                    " must have contiguous features, got strides ", x.strides());
 }
 
 template <class Form>
