@@ -25,14 +25,12 @@ void forward(const ForwardArgs& a, bool pairs, float* memory, int64_t begin, int
   return pairs ? run_forward<Pair>(a, memory, begin, end) : run_forward<Single>(a, memory, begin, end);
 }
 
-int64_t backward_memory(const BackwardArgs& a) { return Backward(a, nullptr).size(); }
+int64_t backward_memory(const BackwardArgs& a, bool pairs) {
+  return pairs ? Backward<Pair>(a, nullptr).size() : Backward<Single>(a, nullptr).size();
+}
 
-void backward(const BackwardArgs& a, float* memory, int64_t begin, int64_t end) {
-  Backward work(a, memory);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t part = i % a.parts, key_head = i / a.parts % a.key_heads, batch = i / a.parts / a.key_heads;
-    work.unit(part, batch, key_head);
-  }
+void backward(const BackwardArgs& a, bool pairs, float* memory, int64_t begin, int64_t end) {
+  return pairs ? run_backward<Pair>(a, memory, begin, end) : run_backward<Single>(a, memory, begin, end);
 }
 
 void backward_queries(const BackwardArgs& a, int64_t begin, int64_t end) {

@@ -59,7 +59,7 @@ class Forward {
     make_tiles<Lane>(a_.k, batch, key_head, tiling_, 0, tiling_.number(), a_.features, a_.rope, tiles_);
     values_ = value_rows_;
     if constexpr (Lane::kPairs)
-      make_pairs(a_.v, batch, key_head, tiling_, a_.value_features, value_rows_);
+      make_pairs(a_.v, batch, key_head, tiling_, 0, tiling_.number(), a_.value_features, {}, value_rows_);
     else
       values_ = dense_rows(a_.v, batch, key_head, 0, a_.keys, a_.value_features, {}, a_.value_features, value_rows_);
   }
@@ -155,30 +155,12 @@ class Forward {
 
   DGM_INLINE_METHOD void put(int64_t n, int half, float* at, F32 low, F32 high) {
     if constexpr (Lane::kPairs) {
-      store(pairs_ + n / 2 * kPanel + half * kWidth, pair(low, high));
+      store(pairs_ + n / 2 * kPanel + half * kWidth, pair_lanes(low, high));
     } else {
       store(at, low);
       store(at + kPanel, high);  // of an odd number behind the last key, where nothing is read
     }
   }
-
-#if defined(__AVX512BF16__)
-  static DGM_INLINE_METHOD F32 pair(F32 low, F32 high) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
-    const U32 halves = reinterpret_cast<U32>(both);
-    return bit_cast<F32>(interleave_halves(halves));
-  }
-
-  // Words 0, 16, 1, 17, ... of 32 words of 16 bits.
-  static DGM_INLINE_METHOD U32 interleave_halves(U32 halves) {
-    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = load_unaligned<__m512i>(kOrder);
-    return reinterpret_cast<U32>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
-  }
-#else
-  static DGM_INLINE_METHOD F32 pair(F32 low, F32) { return low; }
-#endif
 
   void finish(int64_t batch, int64_t head, const Panel& panel, int64_t p) {
     alignas(64) float factors[kPanel], logs[kPanel];

@@ -119,6 +119,10 @@ void share(int64_t units, int64_t work, int64_t memory, const std::function<void
 
 int64_t panels_of(const ForwardArgs& a) { return a.queries == 0 ? 0 : DGM_PICK_ISA_BF16(panels)(a); }
 
+bool multiplies_pairs(const at::Tensor& q) {
+  return q.scalar_type() == at::kBFloat16 && DGM_PICK_ISA_BF16(has_pairs)();
+}
+
 // Multiplications of a panel of queries with all keys.
 int64_t panel_work(const ForwardArgs& a) {
   return DGM_PICK_ISA_BF16(panel_width)() * a.keys * (a.features + a.value_features);
@@ -140,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   // Several panels read a block of keys while it is in the first-level cache; but threads must find enough units.
   args.panels = std::clamp<int64_t>(heads * panels / kManyUnits, 1, kPanelsTogether);
   args.units = ceil_divide(panels, args.panels);
-  const bool pairs = q.scalar_type() == at::kBFloat16 && DGM_PICK_ISA_BF16(has_pairs)();
+  const bool pairs = multiplies_pairs(q);
   const auto forward = DGM_PICK_ISA_BF16(forward);
   share(heads * args.units, args.panels * panel_work(args), DGM_PICK_ISA_BF16(forward_memory)(args, pairs),
         [&](float* memory, int64_t begin, int64_t end) { forward(args, pairs, memory, begin, end); });
@@ -170,10 +174,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, 
   const int64_t panel = DGM_PICK_ISA(panel_width)();
   const at::Tensor sums = floats(panel * (args.parts * args.batch * args.heads * panels * args.features + panel));
   args.grad_panels = sums.mutable_data_ptr<float>();
-  const auto run = DGM_PICK_ISA(backward);
+  const auto run = DGM_PICK_ISA_BF16(backward);
+  const bool pairs = multiplies_pairs(q);
   const int64_t work = args.heads / args.key_heads * panels * panel_work(args) * 2 / args.parts;
-  share(args.parts * key_heads, work, DGM_PICK_ISA(backward_memory)(args),
-        [&](float* memory, int64_t begin, int64_t end) { run(args, memory, begin, end); });
+  share(args.parts * key_heads, work, DGM_PICK_ISA_BF16(backward_memory)(args, pairs),
+        [&](float* memory, int64_t begin, int64_t end) { run(args, pairs, memory, begin, end); });
   const auto finish = DGM_PICK_ISA(backward_queries);
   share(args.batch * args.heads * panels, args.features * 64, 0,
         [&](float*, int64_t begin, int64_t end) { finish(args, begin, end); });

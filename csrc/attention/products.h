@@ -28,8 +28,24 @@ struct Pair {
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w)));
   }
 };
+
+// Two vectors as one of pairs: lane i of both (`low` in the lower half).
+DGM_INLINE F32 pair_lanes(F32 low, F32 high) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+  const __m512i order = load_unaligned<__m512i>(kOrder);
+  return reinterpret_cast<F32>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)));
+}
+
+// Two vectors, one after the other, as one of pairs of neighbours.
+DGM_INLINE F32 pair_neighbours(F32 first, F32 second) {
+  return reinterpret_cast<F32>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+}
 #else
 using Pair = Single;
+DGM_INLINE F32 pair_lanes(F32 low, F32) { return low; }
+DGM_INLINE F32 pair_neighbours(F32 first, F32) { return first; }
 #endif
 
 // Lanes of a contraction over `count` numbers.
@@ -132,23 +148,26 @@ DGM_INLINE void weighted_sums(const Run* runs, int64_t number, int64_t features,
     });
 }
 
-// out[key][feature] += over the queries of a panel of weights[key][query] * rows[query][feature].
-template <int kPositions, int kVectors>
+// out[key][feature] += over the queries of a panel of weights[key][query] * rows[query][feature]; lanes of the weights
+// and of the rows are queries, or pairs of them.
+template <class Lane, int kPositions, int kVectors>
 DGM_NOINLINE void tile_outer(const float* weights, const float* rows, int64_t row, float* out) {
+  constexpr int kDepth = Lane::kPairs ? kPanel / 2 : kPanel;
   Sums<kPositions, kVectors> sums = {};
-  accumulate<Single, kPanel>(weights, 1, rows, row, kPanel, sums);
+  accumulate<Lane, kDepth>(weights, 1, rows, row, kDepth, sums);
   DGM_UNROLL
   for (int m = 0; m < kPositions; ++m)
     for (int i = 0; i < kVectors; ++i) store(out + m * row + i * kWidth, load(out + m * row + i * kWidth) + sums[m][i]);
 }
 
 // The same for all features; `row`, the distance of the rows of `rows` and of `out`, is a multiple of kWidth.
+template <class Lane>
 DGM_INLINE void outer_sums(const float* weights, int64_t positions, const float* rows, int64_t row, float* out) {
   with_positions(positions, [&](auto number) {
     int64_t feature = 0;
     for (; feature + kPanel <= row; feature += kPanel)
-      tile_outer<number(), 2>(weights, rows + feature, row, out + feature);
-    if (feature < row) tile_outer<number(), 1>(weights, rows + feature, row, out + feature);
+      tile_outer<Lane, number(), 2>(weights, rows + feature, row, out + feature);
+    if (feature < row) tile_outer<Lane, number(), 1>(weights, rows + feature, row, out + feature);
   });
 }
 

@@ -149,18 +149,30 @@ DGM_NOINLINE const float* dense_rows(const Rows& x, int64_t batch, int64_t head,
   return to;
 }
 
-// Values of bfloat16 in tiles, as pairs of neighbouring keys: [tile][keys / 2][features].
-DGM_NOINLINE void make_pairs(const Rows& x, int64_t batch, int64_t head, const Tiling& tiling, int64_t features,
-                             float* to) {
-  for (int64_t index = 0; index < tiling.number(); ++index, to += kTile / 2 * features) {
+// Two rows of bfloat16 as pairs of numbers at the same feature; without a second row its half is zero.
+DGM_INLINE void pair_rows(const Rows& x, int64_t batch, int64_t head, int64_t first, int64_t second, int64_t features,
+                          const RopeArgs& rope, int64_t position, float* to) {
+  alignas(64) float copies[2][kMaxFeatures + kWidth];
+  const auto row = [&](int64_t place, float* copy) {
+    const char* from = row_at(x, batch, head, place);
+    if (!rope.table) return reinterpret_cast<const uint16_t*>(from);
+    read_pairs(x, from, features, rope, position + place, copy);
+    return reinterpret_cast<const uint16_t*>(copy);
+  };
+  const uint16_t *low = row(first, copies[0]), *high = second < 0 ? low : row(second, copies[1]);
+  const uint32_t kept = second < 0 ? 0 : 0xFFFF0000u;
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+  for (int64_t d = 0; d < features; ++d) pairs[d] = low[d] | (static_cast<uint32_t>(high[d]) << 16 & kept);
+}
+
+// Tiles [begin, end) of keys, or values, of bfloat16, as pairs of neighbouring keys: [tile][keys / 2][features].
+DGM_NOINLINE void make_pairs(const Rows& x, int64_t batch, int64_t head, const Tiling& tiling, int64_t begin,
+                             int64_t end, int64_t features, const RopeArgs& rope, float* to) {
+  for (int64_t index = begin; index < end; ++index, to += kTile / 2 * features) {
     const KeyTile tile = tiling[index];
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t n = 0; n < tile.count; n += 2, pairs += features) {
-      const auto* low = reinterpret_cast<const uint16_t*>(row_at(x, batch, head, tile.key + n));
-      const bool last = n + 1 == tile.count;
-      const auto* high = last ? low : reinterpret_cast<const uint16_t*>(row_at(x, batch, head, tile.key + n + 1));
-      const uint32_t kept = last ? 0 : 0xFFFF0000u;
-      for (int64_t d = 0; d < features; ++d) pairs[d] = low[d] | (static_cast<uint32_t>(high[d]) << 16 & kept);
+    for (int64_t n = 0; n < tile.count; n += 2) {
+      const int64_t first = tile.key + n, second = n + 1 < tile.count ? first + 1 : -1;
+      pair_rows(x, batch, head, first, second, features, rope, 0, to + n / 2 * features);
     }
   }
 }

@@ -44,7 +44,7 @@ def check_operands(q: object, k: object, v: object, enable_gqa: bool) -> None:
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> bool:
-    return all(m == n or m == 1 or n == 1 for m, n in zip(a, b, strict=True))
+    return a == b or all(m == n or m == 1 or n == 1 for m, n in zip(a, b, strict=True))
 
 
 def check_mask(mask: object, queries: int, keys: int, shape: tuple[int, ...], q: Tensor) -> None:

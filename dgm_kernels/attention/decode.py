@@ -8,9 +8,9 @@ from torch import Tensor
 from .._core import ops
 from .._core.autocast import autocast_dtype, cast_for_product
 from .._core.backends import select
-from .._core.checks import DTYPES, as_int
+from .._core.checks import DTYPES, as_int, check_device, check_float
 from . import op
-from .checks import check_bias, check_operands, check_rope, check_scale
+from .checks import check_bias, check_rope, check_scale
 from .masks import Mask, causal
 from .positions import ALiBi, Rotary
 
@@ -129,22 +129,16 @@ def attention_decode(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}")
-    if isinstance(q, Tensor) and q.dim() != 4:
-        raise ValueError(f"q must have shape [batch, heads, N, features], got {tuple(q.shape)}")
-    check_operands(q, cache.keys, cache.values, enable_gqa)
+    _check_query(q, cache, enable_gqa)
     check_scale(scale)
-    queries, first = q.shape[2], cache.length - q.shape[2]
-    if first < 0:
-        raise ValueError(f"q must have at most as many tokens as the cache holds, {cache.length}, got {queries}")
-    scores = (*q.shape[:3], cache.length)
-    if bias is not None and not isinstance(bias, ALiBi):
-        raise TypeError(f"bias must be ALiBi or None, got {type(bias).__name__}")
     if bias is not None:
-        check_bias(bias, scores, q)
+        if not isinstance(bias, ALiBi):
+            raise TypeError(f"bias must be ALiBi or None, got {type(bias).__name__}")
+        check_bias(bias, (*q.shape[:3], cache.length), q)
     _check_mask(mask, cache.length)
     if rope is not None:
         check_rope(rope, cache.length, q.shape[3], q)
-        q = rope.apply(q, first)
+        q = rope.apply(q, cache.length - q.shape[2])
     if dtype := autocast_dtype(q.device):
         q = cast_for_product(q, dtype)
     if q.dtype != cache.keys.dtype:
@@ -153,6 +147,24 @@ def attention_decode(
     slopes = None if bias is None else bias.slopes
     with torch.no_grad():
         return _decode(q, cache, mask, slopes, scale)
+
+
+def _check_query(q: object, cache: KVCache, enable_gqa: bool) -> None:
+    """q is a tensor that fits the cache. Short, since a step of decoding is."""
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor, got {type(q).__name__}")
+    batch, key_heads, _, features = cache.keys.shape
+    if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != features:
+        raise ValueError(f"q must have shape [{batch}, heads, N, {features}], that of the cache, got {tuple(q.shape)}")
+    heads, queries = q.shape[1], q.shape[2]
+    if heads % key_heads or not (enable_gqa or heads == key_heads):
+        expected = f"a multiple of {key_heads}" if enable_gqa else f"{key_heads}"
+        hint = "" if enable_gqa else "; enable_gqa=True lets heads share keys"
+        raise ValueError(f"q must have {expected} heads, those of the cache, got {heads}{hint}")
+    if queries > cache.length:
+        raise ValueError(f"q must have at most as many tokens as the cache holds, {cache.length}, got {queries}")
+    check_float("q", q)
+    check_device("q", q, cache.keys, "the cache")
 
 
 def _check_mask(mask: object, tokens: int) -> None:
@@ -167,7 +179,6 @@ def _check_mask(mask: object, tokens: int) -> None:
 def _decode(q: Tensor, cache: KVCache, mask: Mask | None, slopes: Tensor | None, scale: float) -> Tensor:
     queries, first = q.shape[2], cache.length - q.shape[2]
     backend = select(q.device, (q, cache.keys), natives=op.BACKENDS)
-    held = [buffer[:, :, : cache.length] for buffer in (cache.keys, cache.values)]
     if queries == 1 and backend != "reference" and (mask is None or mask.columns_agree):
         begin, end, columns = 0, cache.length, (0, 0)
         if mask is not None:
@@ -180,9 +191,12 @@ def _decode(q: Tensor, cache: KVCache, mask: Mask | None, slopes: Tensor | None,
         )  # fmt: skip
     whole = causal() if mask is None else mask & causal()
     region = whole.region(queries, cache.length, first=first, device=q.device)
-    keep = None if region is not None else whole.dense(queries, cache.length, first=first, device=q.device)
+    keep = None
+    if region is None:
+        keep = whole.dense(queries, cache.length, first=first, device=q.device).expand(*q.shape[:3], cache.length)
     bounds, columns = (None, (0, 0)) if region is None else (region.bounds, region.columns)
     settings = op.Settings(bounds, *columns, keep, None, slopes, None, False, first, scale)
+    held = [buffer[:, :, : cache.length] for buffer in (cache.keys, cache.values)]
     if backend == "reference":
         return op.attend_dense(q, *held, settings)[0]
     return ops.call(op.attend[backend], False, op.last_contiguous(q), *held, *settings)[0]
