@@ -40,6 +40,7 @@ struct RopeArgs {
   const float* table = nullptr;
   int64_t pairs = 0;
   bool interleaved = false;
+  bool rounds = false;  // what is turned to bfloat16, as kernels of pairs have it
 };
 
 struct ForwardArgs {

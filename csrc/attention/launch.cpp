@@ -201,6 +201,7 @@ std::tuple<at::Tensor, at::Tensor> jvp(const at::Tensor& q, const at::Tensor& k,
   const at::Tensor tangent = empty_like_queries(q, args.value_features),
                    lse_tangent = at::empty(lse.sizes(), lse.options());
   args.out = rows_of<OutputRows>("tangent", tangent), args.lse_tangent = lse_tangent.mutable_data_ptr<float>();
+  args.rope.rounds = multiplies_pairs(q);
   const auto run = DGM_PICK_ISA(jvp);
   share(args.batch * args.heads * panels_of(args), 2 * panel_work(args), DGM_PICK_ISA(jvp_memory)(args),
         [&](float* memory, int64_t begin, int64_t end) { run(args, memory, begin, end); });

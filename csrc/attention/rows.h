@@ -55,9 +55,13 @@ DGM_NOINLINE void rotate(const RopeArgs& rope, int64_t position, bool back, floa
 // A row as floats, zeros up to a whole vector; rotated where there is a rope.
 DGM_INLINE void read_row(const Rows& x, const char* from, int64_t features, const RopeArgs& rope, int64_t position,
                          float* to) {
-  for (int64_t i = 0; i < features; i += kBlock)
-    convert_to_floats(from + i * element_size(x.dtype), x.dtype, features - i < kBlock ? features - i : kBlock, to + i);
-  if (rope.table) rotate(rope, position, false, to);
+  convert_to_floats(from, x.dtype, features, to);
+  if (!rope.table) return;
+  rotate(rope, position, false, to);
+  if (!rope.rounds) return;
+  alignas(64) uint16_t rounded[kMaxFeatures + kWidth];
+  convert_from_floats(to, features, DType::BFloat16, reinterpret_cast<char*>(rounded));
+  convert_to_floats(reinterpret_cast<const char*>(rounded), DType::BFloat16, features, to);
 }
 
 // A row of bfloat16 as pairs, zeros up to a whole vector.

@@ -208,7 +208,25 @@ def is_forward_mode() -> bool:
         return False
     levels = _functorch_levels()
     differentiates = all(kind in (TransformType.Jvp, TransformType.Grad) for kind in levels)
-    return differentiates and (forward_ad._current_level >= 0 or TransformType.Jvp in levels)
+    once = levels.count(TransformType.Jvp) <= 1  # kernels have no derivative of the derivative in forward mode
+    return differentiates and once and (forward_ad._current_level >= 0 or TransformType.Jvp in levels)
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether a derivative by ``x`` is asked for, in any mode and at any level of torch.func transforms."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad and torch.is_grad_enabled()
+    wrapped, unwrap = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.get_unwrapped
+    if TransformType.Jvp in _functorch_levels()[:-1] and wrapped(x):
+        return True  # it may be: the tangents of an outer level do not show
+    while True:
+        if x.requires_grad and torch.is_grad_enabled():
+            return True
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if not wrapped(x):
+            return False
+        x = unwrap(x)
 
 
 def _functorch_levels() -> list[TransformType]:

@@ -94,6 +94,9 @@ def differentiable_vjp(
     The function gets views of the inputs and is differentiated with respect to those: an input that depends on another
     one, such as an x that was rebuilt from an output and a parameter, brings no second share.
     """
+    if torch._C._functorch.maybe_current_level() is not None:
+        outputs, pull, *_ = torch.func.vjp(lambda *t: tuple(function(*t)), *inputs)
+        return pull(tuple(torch.zeros_like(y) if g is None else g for y, g in zip(outputs, grads, strict=True)))
     views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     outputs = function(*views)
     outs, seeds = zip(*((out, g) for out, g in zip(outputs, grads, strict=True) if g is not None), strict=True)

@@ -38,6 +38,7 @@ def launch(
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[int | float, ...],
     constants: tuple[bool | int, ...],
+    warps: int = _WARPS,
 ) -> None:
     """Launches the kernel on the current stream of the tensors' device.
 
@@ -47,13 +48,13 @@ def launch(
     args = (*tensors, *numbers, *grid.numbers, *constants, *grid.tile)
     forms = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
     device = next(t.device for t in tensors if t is not None)
-    which = (id(kernel), device, constants, grid.tile, *forms)
+    which = (id(kernel), device, constants, grid.tile, warps, *forms)
     with _on(device):
         compiled = _compiled.get(which)
         if compiled is not None:
             compiled[grid.programs](*args)
         elif not interpreted() and torch.version.hip is None:  # AMD's compiler looks at the sizes of tensors, too
-            _compiled[which] = kernel[grid.programs](*args, num_warps=_WARPS)
+            _compiled[which] = kernel[grid.programs](*args, num_warps=warps)
         else:
             kernel[grid.programs](*args)
 
@@ -68,7 +69,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 Spec = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
 
-def spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> Spec:
+def spec(name: str, kernel: Any, pointers: dict[str, str], warps: int = _WARPS, **constants: Any) -> Spec:
     """What one form of a kernel is compiled from; tensors that are not named are absent."""
     constants = {"ALIGNED": True, "ROWS": 1, "COLUMNS": TILE, **constants}
     signature: dict[str, str] = {}
@@ -81,4 +82,4 @@ def spec(name: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> 
             else:
                 constants[parameter.name] = None
     own = {p.name for p in kernel.params} - signature.keys()
-    return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": _WARPS}
+    return name, kernel, signature, {k: v for k, v in constants.items() if k in own}, {"num_warps": warps}

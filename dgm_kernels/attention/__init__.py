@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core import ops
 from .._core.autocast import autocast_dtype, cast_for_product
-from .._core.backends import is_forward_mode, is_traced, select
+from .._core.backends import is_differentiated, is_forward_mode, is_traced, select
 from .._core.layout import like_strides
 from .._core.noise import NoiseKey, uniform_noise
 from . import masks, op, positions, reference
@@ -71,7 +71,9 @@ def attention(
     check_operands(q, k, v, enable_gqa)
     check_scale(scale)
     check_dropout(dropout_p)
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    lead = q.shape[:-3]
+    if not lead == k.shape[:-3] == v.shape[:-3]:  # broadcast_shapes takes its time
+        lead = torch.broadcast_shapes(lead, k.shape[:-3], v.shape[:-3])
     heads = () if q.dim() < 3 else (q.shape[-3] if enable_gqa else max(q.shape[-3], k.shape[-3], v.shape[-3]),)
     scores = (*lead, *heads, q.shape[-2], k.shape[-2])
     if mask is not None:
@@ -120,7 +122,7 @@ def _settings(
         keep = mask
     elif isinstance(mask, Tensor):
         added.append(mask)
-    if len(added) > 1 or any(t.requires_grad for t in added):  # so that sums, those of gradients too, round once
+    if len(added) > 1 or any(map(is_differentiated, added)):  # so that sums, those of gradients too, round once
         added = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in added]
     total = None
     if added:
@@ -134,8 +136,8 @@ def _settings(
         0 if region is None else region.columns.radius,
         keep,
         total,
-        bias.slopes if isinstance(bias, ALiBi) else None,
-        None if rope is None else rope.table,
+        bias.slopes.contiguous() if isinstance(bias, ALiBi) else None,
+        None if rope is None else rope.table.contiguous(),
         rope is not None and rope.interleaved,
         0,
         op.default_scale(q.shape[-1]) if scale is None else float(scale),
@@ -172,12 +174,12 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, settings: op.Settings, dropout_p: f
     refusal = None
     if dropout_p > 0:
         refusal = "dropout of attention runs on the reference"
-    elif settings.bias is not None and settings.bias.requires_grad:
-        refusal = "a bias with a gradient is differentiated by the reference"
-    elif settings.slopes is not None and settings.slopes.requires_grad:
-        refusal = "slopes with a gradient are differentiated by the reference"
-    elif settings.rope is not None and settings.rope.requires_grad:
-        refusal = "a rope with a gradient is differentiated by the reference"
+    elif max(q.shape[-1], v.shape[-1]) > op.MOST_FEATURES:
+        refusal = f"heads of more than {op.MOST_FEATURES} features run on the reference"
+    for name in ("bias", "slopes", "rope"):
+        value = getattr(settings, name)
+        if value is not None and is_differentiated(value):
+            refusal = f"{name} with a derivative is differentiated by the reference"
     operands = (q, k, v, settings.bias)
     forward_mode = is_forward_mode()
     backend = select(q.device, operands, refusal, natives=op.BACKENDS, has_jvp=forward_mode)
@@ -194,4 +196,4 @@ def _on_reference(
         uniform = uniform_noise(torch.Size((*q.shape[:3], k.shape[2])), q.device, key.op_args())
         multiplier = (uniform > dropout_p).to(torch.promote_types(q.dtype, torch.float32)) / (1.0 - dropout_p)
     out, lse = reference.attention(turned, k, v, keep, bias, settings.scale, multiplier)
-    return like_strides(out, q), lse
+    return (out if is_traced() else like_strides(out, q)), lse

@@ -73,6 +73,7 @@ class KVCache:
         for name, value, buffer in (("k", k, self.keys), ("v", v, self.values)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            check_float(name, value)
             expected = (*buffer.shape[:2], k.shape[-2] if isinstance(k, Tensor) and k.dim() > 1 else 1, buffer.shape[3])
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}, that of the cache, got {tuple(value.shape)}")
@@ -144,7 +145,7 @@ def attention_decode(
     if q.dtype != cache.keys.dtype:
         raise TypeError(f"q must have the dtype of the cache, {cache.keys.dtype}, got {q.dtype}")
     scale = op.default_scale(q.shape[3]) if scale is None else float(scale)
-    slopes = None if bias is None else bias.slopes
+    slopes = None if bias is None else bias.slopes.contiguous()
     with torch.no_grad():
         return _decode(q, cache, mask, slopes, scale)
 

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._core import ops
+from .._core.autocast import full_precision
 from .._core.layout import memory_order
 from . import reference
 from .positions import Rotary
 
 _TRITON = "dgm_kernels.attention.triton"
 BACKENDS = ("cpp", "triton")
+MOST_FEATURES = 1024  # of a head: the CPU kernels have buffers for a row
 
 
 class Settings(NamedTuple):
@@ -157,7 +160,8 @@ def _jvp_backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tup
     def tangents(*operands: Tensor) -> tuple[Tensor, Tensor]:
         return tangents_dense(operands[:3], operands[3:], s)
 
-    return (*ops.differentiable_vjp(tangents, tensors, (grad, grad_lse)), *others)
+    with torch.enable_grad(), full_precision(tensors[0].device):
+        return (*ops.differentiable_vjp(tangents, tensors, (grad, grad_lse)), *others)
 
 
 def tangents_dense(operands: Any, tangents: Any, s: Settings) -> tuple[Tensor, Tensor]:
@@ -218,10 +222,28 @@ class ForwardMode(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, *others: Any) -> Any:
         (q, k, v, out, lse), s = _saved(ctx, ctx.saved_tensors)
+        # Without their tangents, since Tangent has no forward mode of its own.
+        q, k, v, out, lse = (forward_ad.unpack_dual(t).primal for t in (q, k, v, out, lse))
         tangents = [torch.zeros_like(t) if d is None else d.to(t.dtype) for t, d in ((q, tq), (k, tk), (v, tv))]
         operands = [last_contiguous(t) for t in tangents]
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *tangents))
-        return ops.call(jvp[ctx.backend], needs_grad, q, k, v, *operands, out, lse, *s)
+        return Tangent.apply(ctx.backend, q, k, v, *operands, out, lse, *s)
+
+
+class Tangent(torch.autograd.Function):
+    """The directional derivative with a gradient of its own; under functional transforms too."""
+
+    @staticmethod
+    def forward(backend: str, *inputs: Any) -> Any:
+        return ops.call(jvp[backend], False, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.backend = inputs[0]
+        _jvp_context(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        return (None, *_jvp_backward(ctx, grad, grad_lse))
 
 
 class _Shifted:

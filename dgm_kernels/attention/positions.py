@@ -57,7 +57,7 @@ def rotary(
     length: int, dim: int, *, base: float = 10000.0, interleaved: bool = False, device: torch.device | str | None = None
 ) -> Rotary:
     """Rotary positions ``0 .. length - 1`` for ``dim`` features: pair r turns by ``position * base^(-2 r / dim)``."""
-    _check(length=length, dim=dim, base=base, divisor=2)
+    _check(2, dim, base, length=length)
     angles = _angles(torch.arange(length, dtype=torch.float64), dim // 2, base)
     return Rotary(_table(angles, device), interleaved)
 
@@ -72,8 +72,7 @@ def rotary_2d(
     device: torch.device | str | None = None,
 ) -> Rotary:
     """Axial rotary positions of the pixels of a picture in raster order: half of the pairs turn by row, half by column."""
-    _check(length=height, dim=dim, base=base, divisor=4)
-    _check(length=width, dim=dim, base=base, divisor=4)
+    _check(4, dim, base, height=height, width=width)
     rows, columns = (_angles(torch.arange(n, dtype=torch.float64), dim // 4, base) for n in (height, width))
     both = (rows[:, None].expand(height, width, -1), columns[None].expand(height, width, -1))
     return Rotary(_table(torch.cat(both, -1).flatten(0, 1), device), interleaved)
@@ -126,8 +125,8 @@ def _table(angles: Tensor, device: torch.device | str | None) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], -1).to(torch.float32).to(device)
 
 
-def _check(length: object, dim: object, base: object, divisor: int) -> None:
-    for name, value, multiple in (("length", length, 1), ("dim", dim, divisor)):
+def _check(divisor: int, dim: object, base: object, **extents: object) -> None:
+    for name, value, multiple in (*((name, extent, 1) for name, extent in extents.items()), ("dim", dim, divisor)):
         number = as_int(value)
         if number is None:
             raise TypeError(f"{name} must be an int, got {value!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._core.autocast import full_precision
+
 
 def attention(
     q: Tensor,
@@ -25,6 +27,13 @@ def attention(
         keep, bias: broadcast to ``[batch, heads, queries, keys]``.
         multiplier: of the probabilities, for dropout.
     """
+    with full_precision(q.device):
+        return _attention(q, k, v, keep, bias, scale, multiplier)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, multiplier: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     if k.shape[1] != q.shape[1]:
@@ -36,10 +45,13 @@ def attention(
         scores = scores.masked_fill(~keep, -torch.inf)
     if scores.shape[-1] == 0:
         return (scores @ v).to(dtype), scores.sum(-1) - torch.inf
-    blind = (scores.detach().amax(-1, keepdim=True) == -torch.inf).expand(*scores.shape[:-1], 1)
-    scores = scores.masked_fill(blind, 0.0)
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    weights = torch.exp(scores - lse).masked_fill(blind, 0.0)
+    # Without torch.logsumexp, whose forward-mode derivative writes in place to what its backward pass needs.
+    top = scores.detach().amax(-1, keepdim=True)
+    blind = top == -torch.inf
+    top = top.masked_fill(blind, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True).masked_fill(blind, 1.0)
+    weights = weights / total
     if multiplier is not None:
         weights = weights * multiplier
-    return (weights @ v).to(dtype), lse.masked_fill(blind, -torch.inf).squeeze(-1)
+    return (weights @ v).to(dtype), (top + total.log()).masked_fill(blind, -torch.inf).squeeze(-1)

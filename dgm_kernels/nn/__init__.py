@@ -1,6 +1,7 @@
-"""Modules around the ops: chains of invertible layers that train in constant memory, and layers with a state."""
+"""Modules around the ops: masked and invertible layers, attention, chains that train in constant memory."""
 
 from .actnorm import ActNorm
+from .attention import MultiheadAttention, TransformerBlock
 from .masked import CausalConv1d, HorizontalConv2d, MaskedConv2d, MaskedLinear, VerticalConv2d
 from .reversible import Coupling, Reversible
 
@@ -11,6 +12,8 @@ __all__ = [
     "HorizontalConv2d",
     "MaskedConv2d",
     "MaskedLinear",
+    "MultiheadAttention",
     "Reversible",
+    "TransformerBlock",
     "VerticalConv2d",
 ]

@@ -3,8 +3,9 @@
 from .base import Autoregressive
 from .fvsbn import FVSBN
 from .gated_pixelcnn import GatedPixelCNN
+from .image_gpt import ImageGPT
 from .made import MADE
 from .pixelcnn import PixelCNN
 from .wavenet import WaveNet
 
-__all__ = ["FVSBN", "MADE", "Autoregressive", "GatedPixelCNN", "PixelCNN", "WaveNet"]
+__all__ = ["FVSBN", "MADE", "Autoregressive", "GatedPixelCNN", "ImageGPT", "PixelCNN", "WaveNet"]
