@@ -58,20 +58,22 @@ def check_parity(case: AttentionCase, size: Size, dtype: torch.dtype, backend: s
         plain = case.call(*cast(operands, dtype))
     # The result and lse are those of the call without a derivative, whose parity tests/test_attention.py asserts.
     torch.testing.assert_close(actual[:2], list(plain), rtol=0, atol=0)
-    for ours, theirs, best, tiny in zip(actual[2:], eager[2:], exact[2:], slack(exact, dtype), strict=True):
+    for ours, theirs, best, tiny in zip(actual[2:], eager[2:], exact[2:], slack(case, exact, dtype), strict=True):
         assert_parity(ours, theirs, best, tiny=tiny)
 
 
-def slack(exact: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+def slack(case: AttentionCase, exact: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
     """What may come on top of eager's error, for the tangents of the result and of lse.
 
     Kernels read the result and lse as they were stored, each rounded once: so is what they are multiplied by. With
-    ``O' = P S' V - m O + P V'`` and ``P = exp(S - lse)``, the rounding of O counts m times, that of lse as a share.
+    ``O' = P S' V - m O + P V'`` and ``P = exp(S - lse)``, the rounding of O counts m times, that of lse as a share. In
+    16 bits rotated features are rounded, by each in its own way.
     """
     out, lse, tangent, mean = [t[t.isfinite()].abs().max().item() if t.isfinite().any() else 0.0 for t in exact]
     share = 2 * torch.finfo(torch.float32).eps * lse  # the scores, computed twice, are rounded too
     of_result = torch.finfo(dtype).eps / 2 * mean * out if dtype != torch.float32 else 0.0
-    tiny = [1e-6 * max(1.0, value) for value in (tangent, mean)]
+    turned = torch.finfo(dtype).eps / 2 if case.rope is not None and dtype != torch.float32 else 0.0
+    tiny = [(1e-6 + turned) * max(1.0, value) for value in (tangent, mean)]
     return [tiny[0] + share * (tangent + mean * out) + of_result, tiny[1] + share * mean]
 
 

@@ -190,7 +190,7 @@ class Backward {
     for (int64_t n = 0; n < count; ++n)
       for (int half = 0; half < 2; ++half) {
         float *weight = weights + n * kPanel + half * kWidth, *grad = grads + n * kPanel + half * kWidth;
-        const F32 p = power_of_two_below_one(load(weight) - load(logs + half * kWidth));
+        const F32 p = power_of_two_below_one(at_most(load(weight) - load(logs + half * kWidth), 0.0f));
         store(weight, p);
         store(grad, p * (load(grad) - load(deltas + half * kWidth)));
       }

@@ -84,7 +84,7 @@ class Jvp {
       F32 mean = load(means_ + half * kWidth);
       for (int64_t n = 0; n < count; ++n) {
         float *weight = weights + n * kPanel + half * kWidth, *tangent = tangents + n * kPanel + half * kWidth;
-        const F32 p = power_of_two_below_one(load(weight) - logs), moved = p * (load(tangent) * kLn2);
+        const F32 p = power_of_two_below_one(at_most(load(weight) - logs, 0.0f)), moved = p * (load(tangent) * kLn2);
         store(weight, p);
         store(tangent, moved);
         mean += moved;

@@ -125,6 +125,13 @@ DGM_NOINLINE void turn_scores(const Scores& x, int64_t batch, int64_t head, cons
     }
 }
 
+// A bias in units of log 2. What is finite stays so: the smallest number is a mask that leaves a query that sees
+// nothing the mean of all values.
+DGM_INLINE F32 in_logs_of_two(F32 bias) {
+  const F32 scaled = at_least(bias * kLog2E, -1e38f);
+  return bias == kMinusInfinity ? bias : scaled;
+}
+
 // Whether a mask or a bias is read for every score.
 DGM_INLINE bool adjusts_all(const MaskArgs& mask) { return mask.slopes || mask.bias.data || mask.keep.data; }
 
@@ -136,7 +143,7 @@ DGM_NOINLINE void adjust(const MaskArgs& mask, const Lanes& lanes, Sight sight, 
   if (mask.bias.data) {
     turn_scores(mask.bias, batch, head, panel, tile, other);
     for (int64_t i = 0; i < tile.count * kPanel; i += kWidth)
-      store(scores + i, load(other + i) * kLog2E + load(scores + i));
+      store(scores + i, in_logs_of_two(load(other + i)) + load(scores + i));
   }
   if (mask.keep.data) {
     turn_scores(mask.keep, batch, head, panel, tile, other);

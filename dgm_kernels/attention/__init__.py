@@ -89,7 +89,9 @@ def attention(
     for name, value in (("k", k), ("v", v)):
         if value.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {value.dtype}")
-    shared = k.shape[-3:-2] if enable_gqa else heads  # key heads
+    # One key head for all is not expanded: its gradients are then added up before they are rounded.
+    one = bool(heads) and k.shape[-3] == v.shape[-3] == 1
+    shared = k.shape[-3:-2] if enable_gqa or one else heads
     four = [_to_four(t, lead, kept) for t, kept in ((q, heads), (k, shared), (v, shared))]
     shape = (math.prod(lead), heads[0] if heads else 1, *scores[-2:])
     settings = _settings(mask, bias, rope, shape, scores, q, scale)
@@ -171,11 +173,9 @@ def _attend(
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, settings: op.Settings, dropout_p: float) -> tuple[str, bool]:
     """The backend, and whether forward-mode AD looks on."""
-    refusal = None
+    refusal = op.refuse_features(q, v)
     if dropout_p > 0:
         refusal = "dropout of attention runs on the reference"
-    elif max(q.shape[-1], v.shape[-1]) > op.MOST_FEATURES:
-        refusal = f"heads of more than {op.MOST_FEATURES} features run on the reference"
     for name in ("bias", "slopes", "rope"):
         value = getattr(settings, name)
         if value is not None and is_differentiated(value):

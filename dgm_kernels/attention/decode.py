@@ -179,7 +179,8 @@ def _check_mask(mask: object, tokens: int) -> None:
 
 def _decode(q: Tensor, cache: KVCache, mask: Mask | None, slopes: Tensor | None, scale: float) -> Tensor:
     queries, first = q.shape[2], cache.length - q.shape[2]
-    backend = select(q.device, (q, cache.keys), natives=op.BACKENDS)
+    refusal = op.refuse_features(q, cache.values)
+    backend = select(q.device, (q, cache.keys), refusal, natives=op.BACKENDS)
     if queries == 1 and backend != "reference" and (mask is None or mask.columns_agree):
         begin, end, columns = 0, cache.length, (0, 0)
         if mask is not None:

@@ -276,6 +276,12 @@ decode = ops.define(
 )
 
 
+def refuse_features(q: Tensor, v: Tensor) -> str | None:
+    """Why no kernel takes heads of that many features; None if they do."""
+    most = max(q.shape[-1], v.shape[-1])
+    return f"heads of more than {MOST_FEATURES} features run on the reference" if most > MOST_FEATURES else None
+
+
 def default_scale(features: int) -> float:
     """``1 / sqrt(features)``, that of F.scaled_dot_product_attention."""
     return 1.0 / math.sqrt(max(1, features))

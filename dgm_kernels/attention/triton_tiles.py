@@ -79,15 +79,8 @@ def zero_rows(ROWS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, c, TF32: tl.constexpr):
-    """``a b + c``.
-
-    Float32 products without tensor cores end with a barrier: otherwise the assembler loads the operands of all that
-    follow first, and runs out of registers.
-    """
-    c = tl.dot(a, b, c, input_precision="tf32" if TF32 else "ieee")
-    if a.dtype == tl.float32 and not TF32:
-        tl.debug_barrier()
-    return c
+    """``a b + c``."""
+    return tl.dot(a, b, c, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit
