@@ -297,6 +297,30 @@ def test_autocast_casts_as_sdpa_does(case, backend):
             torch.testing.assert_close(under_autocast(case, mixed, dtype), expected, rtol=0, atol=0)
 
 
+@on_every_backend
+@some_cases
+def test_second_derivatives_and_tangents_under_autocast(case, backend):
+    """Of a call under autocast: bit by bit those of operands that were cast by hand."""
+    operands = case.make(SMALL_SIZE)
+    tangents = tuple(torch.randn(t.shape) for t in operands[:3])
+
+    def run(enabled: bool) -> list[Tensor]:
+        def function(*qkv: Tensor) -> Tensor:
+            given = qkv if enabled else (t.bfloat16() for t in qkv)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return case.call(*given, *operands[3:])[0].float()
+
+        leaves = [t.clone().requires_grad_() for t in operands[:3]]
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        out, moved = torch.func.jvp(function, tuple(leaves), tangents)
+        of_moved = torch.autograd.grad((out * moved).sum(), leaves)
+        return [t.detach() for t in (*first, *second, moved, *of_moved)]
+
+    with use_backend(backend):
+        torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", SOME_CASES, ids=str)
 def test_autocast_leaves_float64_alone(case):
     """As that of SDPA does."""

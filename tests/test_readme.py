@@ -41,6 +41,16 @@ def test_autoregressive_models():
     assert torch.equal(names["images"][:, :, :14], names["levels"][:, None, :14])
 
 
+def test_attention():
+    names = section("Attention")
+    assert names["along"].isfinite().all() and names["along"].abs().sum() > 0
+    assert names["cache"].length == 16 and names["out"].shape == (4, 8, 1, 64)
+    import dgm_kernels
+
+    picture = dgm_kernels.masks.raster_2d(3, 3, 1).show()
+    assert f">>> print(dgm.masks.raster_2d(3, 3, 1).show())\n{picture}\n```" in README
+
+
 def test_every_block_is_python():
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 5

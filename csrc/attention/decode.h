@@ -9,30 +9,32 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 4, kRowsAhead = 64;
 
-// Four rows as floats with whole vectors of features: where they lie if they are so, else copies.
+// Four rows of floats: where they lie, or of other dtypes copies.
 class FourRows {
  public:
   DGM_INLINE_METHOD FourRows(const Rows& x, int64_t batch, int64_t head, int64_t features)
-      : x_(x),
-        batch_(batch),
-        head_(head),
-        features_(features),
-        direct_(x.dtype == DType::Float32 && features % kWidth == 0) {}
+      : x_(x), batch_(batch), head_(head), features_(features), direct_(x.dtype == DType::Float32) {}
 
   // Rows from `row` on; of fewer than four the others are like the first.
-  DGM_INLINE_METHOD void read(int64_t row, int64_t count, const float** to) {
+  DGM_INLINE_METHOD void read(int64_t row, int64_t count) {
     for (int64_t r = 0; r < kRowsAtOnce; ++r) {
       const char* from = row_at(x_, batch_, head_, row + (r < count ? r : 0));
-      to[r] = direct_ ? reinterpret_cast<const float*>(from) : copies_[r];
+      rows_[r] = direct_ ? reinterpret_cast<const float*>(from) : copies_[r];
       if (!direct_) read_row(x_, from, features_, {}, 0, copies_[r]);
       ask_ahead(x_, from, features_);
     }
+  }
+
+  // A vector of features from `d` on, zeros beyond the last one.
+  DGM_INLINE_METHOD F32 lanes(int64_t r, int64_t d) const {
+    return d + kWidth <= features_ ? load(rows_[r] + d) : load_part(rows_[r] + d, features_ - d);
   }
 
  private:
   const Rows& x_;
   int64_t batch_, head_, features_;
   bool direct_;
+  const float* rows_[kRowsAtOnce];
   alignas(64) float copies_[kRowsAtOnce][kMaxFeatures + kWidth];
 };
 
@@ -75,13 +77,12 @@ class Decode {
     float most = kMinusInfinity;
     for (int64_t key = begin_; key < end_; key += kRowsAtOnce) {
       const int64_t count = end_ - key < kRowsAtOnce ? end_ - key : kRowsAtOnce;
-      const float* rows[kRowsAtOnce];
-      keys.read(key, count, rows);
+      keys.read(key, count);
       F32 sums[kRowsAtOnce] = {};
       for (int64_t d = 0; d < a_.features; d += kWidth) {
         const F32 q = load(query_ + d);
         DGM_UNROLL
-        for (int64_t r = 0; r < kRowsAtOnce; ++r) sums[r] += load(rows[r] + d) * q;
+        for (int64_t r = 0; r < kRowsAtOnce; ++r) sums[r] += keys.lanes(r, d) * q;
       }
       const Quad four = lane_sums(sums);
       for (int64_t r = 0; r < count; ++r) {
@@ -115,13 +116,12 @@ class Decode {
     std::memset(sums, 0, whole_vectors(a_.value_features) * sizeof(float));
     for (int64_t key = begin_; key < end_; key += kRowsAtOnce) {
       const int64_t count = end_ - key < kRowsAtOnce ? end_ - key : kRowsAtOnce;
-      const float* rows[kRowsAtOnce];
-      values.read(key, count, rows);
+      values.read(key, count);
       F32 weights[kRowsAtOnce] = {};
       for (int64_t r = 0; r < count; ++r) weights[r] = broadcast_float(scores_[key - begin_ + r]);
       for (int64_t d = 0; d < a_.value_features; d += kWidth) {
-        const F32 low = load(rows[0] + d) * weights[0] + load(rows[1] + d) * weights[1];
-        const F32 high = load(rows[2] + d) * weights[2] + load(rows[3] + d) * weights[3];
+        const F32 low = values.lanes(0, d) * weights[0] + values.lanes(1, d) * weights[1];
+        const F32 high = values.lanes(2, d) * weights[2] + values.lanes(3, d) * weights[3];
         store(sums + d, load(sums + d) + (low + high));
       }
     }

@@ -197,6 +197,17 @@ DGM_INLINE void transpose4(F32* v) {
 #undef DGM_TRANSPOSE4
 }
 
+// The first `count` lanes from memory, of fewer than all; the others are zero.
+DGM_INLINE F32 load_part(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), from));
+#else
+  F32 value = {};
+  std::memcpy(&value, from, count * sizeof(float));
+  return value;
+#endif
+}
+
 typedef float Quad __attribute__((vector_size(16)));
 
 // Four floats at from, four at from + apart, ...

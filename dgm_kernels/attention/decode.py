@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -177,16 +179,21 @@ def _check_mask(mask: object, tokens: int) -> None:
         raise ValueError(f"mask {mask} is made for {mask.length} tokens, the cache holds {tokens}")
 
 
+@functools.lru_cache(maxsize=256)  # all layers of a network ask for the same
+def _seen_by_last(mask: Mask, tokens: int) -> tuple[int, int, tuple[int, int]]:
+    """Begin and end of the keys that the last token sees, and the rule for columns."""
+    region = mask.region(1, tokens, first=tokens - 1, device="cpu")
+    assert region is not None
+    begin, end = region.bounds[0].tolist()
+    return begin, end, region.columns
+
+
 def _decode(q: Tensor, cache: KVCache, mask: Mask | None, slopes: Tensor | None, scale: float) -> Tensor:
     queries, first = q.shape[2], cache.length - q.shape[2]
     refusal = op.refuse_features(q, cache.values)
     backend = select(q.device, (q, cache.keys), refusal, natives=op.BACKENDS)
     if queries == 1 and backend != "reference" and (mask is None or mask.columns_agree):
-        begin, end, columns = 0, cache.length, (0, 0)
-        if mask is not None:
-            region = mask.region(1, cache.length, first=first)
-            assert region is not None
-            (begin, end), columns = region.bounds[0].tolist(), region.columns
+        begin, end, columns = (0, cache.length, (0, 0)) if mask is None else _seen_by_last(mask, cache.length)
         return ops.call(
             op.decode[backend], False, q.contiguous(), cache.keys, cache.values, begin, min(end, first + 1), *columns,
             slopes, first, scale,

@@ -58,7 +58,7 @@ def rotary(
 ) -> Rotary:
     """Rotary positions ``0 .. length - 1`` for ``dim`` features: pair r turns by ``position * base^(-2 r / dim)``."""
     _check(2, dim, base, length=length)
-    angles = _angles(torch.arange(length, dtype=torch.float64), dim // 2, base)
+    angles = _angles(_range(length), dim // 2, base)
     return Rotary(_table(angles, device), interleaved)
 
 
@@ -73,7 +73,7 @@ def rotary_2d(
 ) -> Rotary:
     """Axial rotary positions of the pixels of a picture in raster order: half of the pairs turn by row, half by column."""
     _check(4, dim, base, height=height, width=width)
-    rows, columns = (_angles(torch.arange(n, dtype=torch.float64), dim // 4, base) for n in (height, width))
+    rows, columns = (_angles(_range(n), dim // 4, base) for n in (height, width))
     both = (rows[:, None].expand(height, width, -1), columns[None].expand(height, width, -1))
     return Rotary(_table(torch.cat(both, -1).flatten(0, 1), device), interleaved)
 
@@ -117,12 +117,18 @@ def alibi(heads: int, *, device: torch.device | str | None = None) -> ALiBi:
     return ALiBi(torch.tensor(slopes, dtype=torch.float32, device=device))
 
 
+def _range(count: int) -> Tensor:
+    """On the CPU whatever the default device is: a model that is built without memory still has its positions."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")
+
+
 def _angles(positions: Tensor, pairs: int, base: float) -> Tensor:
-    return positions[:, None] * base ** (-torch.arange(pairs, dtype=torch.float64) / max(1, pairs))
+    return positions[:, None] * base ** (-_range(pairs) / max(1, pairs))
 
 
 def _table(angles: Tensor, device: torch.device | str | None) -> Tensor:
-    return torch.stack([angles.cos(), angles.sin()], -1).to(torch.float32).to(device)
+    table = torch.stack([angles.cos(), angles.sin()], -1).to(torch.float32)
+    return table.to(torch.get_default_device() if device is None else device)
 
 
 def _check(divisor: int, dim: object, base: object, **extents: object) -> None:

@@ -1,4 +1,8 @@
-"""Sizes of the tiles of attention's Triton kernels, by what ahead-of-time compilation says of registers and memory."""
+"""Sizes of the tiles of attention's Triton kernels.
+
+Chosen by what ahead-of-time compilation says (``python -m bench.aot``): no registers spilled, shared memory within that
+of the device, and of what is left the tiles that read keys and queries least often. Not measured on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,15 @@ class Form(NamedTuple):
     """What the sizes depend on."""
 
     features: int  # the larger of those of a key and of a value
-    kind: str  # "half", "tf32" or "fp32": which products
-    dense: bool  # a mask or a bias is read
-    capability: int
+    kind: str  # "half" or "tf32": products on tensor cores; "fp32": ordinary instructions
+    dense: int  # 1 with a mask or a bias that is read in long pieces, 2 with one that is not
+    near: bool  # columns of pictures count
+    capability: int  # 90 for sm_90
 
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """Compute capability, 90 for sm_90; in the interpreter 80."""
+    """That of the device; in the interpreter 80."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -36,7 +41,7 @@ def capability(device: torch.device) -> int:
 
 
 def wide(features: int, kind: str) -> int:
-    """Features of a part of a row: the largest power of two, and in float32 products 32 at most."""
+    """Features of a part of a row: the largest power of two that saves padding, and of ordinary instructions 32."""
     padded = max(16, 1 << max(0, features - 1).bit_length())
     if kind == "fp32":
         return min(32, padded)
@@ -46,19 +51,54 @@ def wide(features: int, kind: str) -> int:
 
 
 def forward(form: Form) -> Tile:
-    return Tile(64, 32, 4, 2)
+    if form.kind == "fp32":
+        return Tile(64, 32, 4, 2) if form.features <= 64 else Tile(32, 32, 4 if form.features <= 128 else 8, 2)
+    new = form.capability >= 90
+    if form.features > 128:
+        return Tile(64, 32, 8, 2) if not new or form.dense or form.kind == "tf32" else Tile(128, 64, 8, 2)
+    if form.dense > 1:
+        return Tile(64, 32, 4, 2)
+    if form.kind == "tf32":
+        return Tile(64, 32, 4, 2)
+    if new:
+        return Tile(128, 64 if form.dense else 128, 8, 2)
+    return Tile(128, 64, 8, 2) if form.features <= 64 else Tile(64, 32, 4, 2) if form.dense else Tile(128, 64, 8, 3)
 
 
 def query_grad(form: Form) -> Tile:
-    return Tile(64, 32, 4, 2)
+    if form.kind == "fp32":
+        return Tile(32, 32, 4 if form.features <= 64 else 8, 2)
+    if form.features > 128:
+        return Tile(64, 32, 8, 2)
+    if form.dense > 1 or form.kind == "tf32":
+        return Tile(64, 32, 4, 2)
+    if form.capability >= 90:
+        return Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if form.features <= 64 and not form.dense else Tile(64, 32, 4, 2)
 
 
 def key_grad(form: Form) -> Tile:
-    return Tile(32, 64, 4, 2)
+    if form.kind == "fp32":
+        return Tile(32 if form.features <= 64 else 16, 32, 8, 2)
+    if form.features > 128:
+        return Tile(32, 32, 8, 2)
+    if form.dense > 1 or form.kind == "tf32":
+        return Tile(32, 32, 4, 2)
+    if form.features <= 64:
+        return Tile(32 if form.dense or form.near else 64, 128, 8, 1 if form.dense and form.capability < 90 else 2)
+    return Tile(32, 64, 8, 1 if form.dense else 2) if form.capability >= 90 else Tile(64, 64, 8, 2)
 
 
 def jvp(form: Form) -> Tile:
-    return Tile(64, 32, 4, 2)
+    if form.kind == "fp32":
+        return Tile(32, 16, 4, 2)
+    if form.features > 128:
+        return Tile(64, 32, 8, 2)
+    if form.dense > 1 or form.kind == "tf32":
+        return Tile(64, 32, 4, 2)
+    if form.features <= 64:
+        return Tile(64, 32, 4, 2) if form.dense and form.capability < 90 else Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if form.capability >= 90 and not form.dense else Tile(128, 32, 8, 2)
 
 
 def decode(form: Form) -> Tile:
