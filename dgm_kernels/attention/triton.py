@@ -83,7 +83,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, s: Settings) -> _Call:
     width = min(s.width, _LARGEST)
     kind = _kind(q)
     features = (q.shape[3], v.shape[3])
-    form = sizes.Form(max(features), kind, _density(keep, bias, how), sizes.capability(q.device))
+    form = sizes.Form(max(features), kind, _density(keep, bias, how), near, sizes.capability(q.device))
     return _Call(
         (None if s.bounds is None else s.bounds.contiguous(), keep, bias, s.slopes),
         (q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1], s.first, width, min(s.radius, width)),
@@ -253,7 +253,8 @@ def attention_decode(
     key_heads = keys.shape[1]
     group = heads // key_heads
     start, run, count = _runs(begin, end, min(width, _LARGEST), radius, position)
-    tile = sizes.decode(sizes.Form(max(features, value_features), _kind(q), group > 1, sizes.capability(q.device)))
+    form = sizes.Form(max(features, value_features), _kind(q), 0, width > 0, sizes.capability(q.device))
+    tile = sizes.decode(form)
     splits = max(1, min(_MOST_SPLITS, _PROGRAMS // (batch * key_heads), count // _LEAST_KEYS))
     each = -(-count // (splits * tile.keys)) * tile.keys
     splits = max(1, -(-count // max(each, 1)))
