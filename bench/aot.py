@@ -1,7 +1,8 @@
 """`python -m bench.aot [--out FILE]`: compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU.
 
 Each `dgm_kernels/<op>/triton.py` lists its kernels in `aot_specs()`: an iterable of
-(name, jit function, {argument: type such as "*fp32", "i64"}, {constexpr: value}, {option such as "num_warps": value}).
+(name, jit function, {argument: type such as "*fp32", "i64"}, {constexpr: value}, {option such as "num_warps": value}),
+with the capabilities behind them where a form is not for all.
 A kernel that spills registers is an error.
 """
 
@@ -13,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Spec(NamedTuple):
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     options: Mapping[str, Any]
+    capabilities: Sequence[int] = CAPABILITIES
 
 
 class Usage(NamedTuple):
@@ -100,8 +102,8 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int, int]:
 
 
 def compile_all(specs: Iterable[Spec]) -> list[Usage]:
-    """Compile every kernel for every capability."""
-    return [compile_spec(spec, capability) for spec in specs for capability in CAPABILITIES]
+    """Compile every kernel for every capability that it has a form for."""
+    return [compile_spec(spec, capability) for spec in specs for capability in spec.capabilities]
 
 
 def op_specs() -> Iterator[Spec]:

@@ -92,10 +92,10 @@ def attention(
     # One key head for all is not expanded: its gradients are then added up before they are rounded.
     one = bool(heads) and k.shape[-3] == v.shape[-3] == 1
     shared = k.shape[-3:-2] if enable_gqa or one else heads
-    four = [_to_four(t, lead, kept) for t, kept in ((q, heads), (k, shared), (v, shared))]
+    q, k, v = (_to_four(t, lead, kept) for t, kept in ((q, heads), (k, shared), (v, shared)))
     shape = (math.prod(lead), heads[0] if heads else 1, *scores[-2:])
     settings = _settings(mask, bias, rope, shape, scores, q, scale)
-    out, lse = _attend(*four, settings, dropout_p, noise)
+    out, lse = _attend(q, k, v, settings, dropout_p, noise)
     out = out.view(*lead, *heads, *out.shape[2:])
     return (out, lse.view(*lead, *heads, lse.shape[2])) if return_lse else out
 

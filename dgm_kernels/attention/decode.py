@@ -83,7 +83,9 @@ class KVCache:
                 raise ValueError(f"{name} must be on the device of the cache, {buffer.device}, got {value.device}")
         end = self.length + k.shape[2]
         if end > self.capacity:
-            raise ValueError(f"k must fit into the cache: {self.capacity} tokens, {self.length} taken, {k.shape[2]} new")
+            raise ValueError(
+                f"k must fit into the cache: {self.capacity} tokens, {self.length} taken, {k.shape[2]} new"
+            )
         if rope is not None:
             check_rope(rope, end, k.shape[3], k)
             k = rope.apply(k, self.length)
@@ -205,7 +207,7 @@ def _decode(q: Tensor, cache: KVCache, mask: Mask | None, slopes: Tensor | None,
         keep = whole.dense(queries, cache.length, first=first, device=q.device).expand(*q.shape[:3], cache.length)
     bounds, columns = (None, (0, 0)) if region is None else (region.bounds, region.columns)
     settings = op.Settings(bounds, *columns, keep, None, slopes, None, False, first, scale)
-    held = [buffer[:, :, : cache.length] for buffer in (cache.keys, cache.values)]
+    keys, values = (buffer[:, :, : cache.length] for buffer in (cache.keys, cache.values))
     if backend == "reference":
-        return op.attend_dense(q, *held, settings)[0]
-    return ops.call(op.attend[backend], False, op.last_contiguous(q), *held, *settings)[0]
+        return op.attend_dense(q, keys, values, settings)[0]
+    return ops.call(op.attend[backend], False, op.last_contiguous(q), keys, values, *settings)[0]

@@ -26,7 +26,7 @@ class Columns(NamedTuple):
 
 
 class Region(NamedTuple):
-    """What kernels read of a mask: query i sees of the keys in ``[bounds[i, 0], bounds[i, 1])`` those in ``columns``."""
+    """What kernels read of a mask: of keys in ``[bounds[i, 0], bounds[i, 1])`` query i sees those in ``columns``."""
 
     bounds: Tensor  # int32 [queries, 2]
     columns: Columns
@@ -221,7 +221,7 @@ class Mask:
         queries = queries or self.length or 16
         seen = self.dense(queries, keys or queries).float()
         if max(seen.shape) > _CELLS:
-            size = [min(_CELLS, extent) for extent in seen.shape]
+            size = (min(_CELLS, seen.shape[0]), min(_CELLS, seen.shape[1]))
             seen = torch.nn.functional.adaptive_avg_pool2d(seen[None], size)[0]
         levels = (seen * 4).ceil().to(torch.int64)  # a cell of which anything is seen shows it
         return "\n".join("".join(2 * "·░▒▓█"[level] for level in row) for row in levels.tolist())

@@ -1,4 +1,4 @@
-"""Positions that attention applies inside its kernels: rotations of queries and keys, and biases that fall with distance."""
+"""Positions that attention applies in its kernels: rotations of queries and keys, biases that fall with distance."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rotary_2d(
     interleaved: bool = False,
     device: torch.device | str | None = None,
 ) -> Rotary:
-    """Axial rotary positions of the pixels of a picture in raster order: half of the pairs turn by row, half by column."""
+    """Axial rotary positions of pixels in raster order: half of the pairs turn by row, the others by column."""
     _check(4, dim, base, height=height, width=width)
     rows, columns = (_angles(_range(n), dim // 4, base) for n in (height, width))
     both = (rows[:, None].expand(height, width, -1), columns[None].expand(height, width, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from . import triton_sizes as sizes
 from .op import Settings, empty_like_queries, last_contiguous
 from .triton_backward import delta_kernel, key_grad_kernel, query_grad_kernel, ranges_kernel
 from .triton_decode import combine_kernel, decode_kernel
+from .triton_forms import aot_specs as aot_specs
 from .triton_forward import forward_kernel
 from .triton_jvp import jvp_kernel
 from .triton_rotate import rotate_kernel
+from .triton_sizes import Form, Tile
 
 _LOG2E = 1.4426950408889634
 _LARGEST = 1 << 30  # widths and radii from here on reach all tokens
@@ -68,10 +70,10 @@ class _Call(NamedTuple):
     steps: tuple[int, ...]  # of mask and bias
     near: bool
     how: tuple[int, int]  # mask and bias are read, see load_dense
-    form: sizes.Form
-    parts: tuple[int, int, int, int]
+    form: Form
+    parts: tuple[int, ...]
 
-    def tile(self, table: Any) -> sizes.Tile:
+    def tile(self, table: Callable[[Form], Tile]) -> Tile:
         return table(self.form)
 
 
@@ -83,7 +85,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, s: Settings) -> _Call:
     width = min(s.width, _LARGEST)
     kind = _kind(q)
     features = (q.shape[3], v.shape[3])
-    form = sizes.Form(max(features), kind, _density(keep, bias, how), near, sizes.capability(q.device))
+    form = Form(max(features), kind, _density(keep, bias, how), near, sizes.capability(q.device))
     return _Call(
         (None if s.bounds is None else s.bounds.contiguous(), keep, bias, s.slopes),
         (q.shape[2], k.shape[2], q.shape[1], q.shape[1] // k.shape[1], s.first, width, min(s.radius, width)),
@@ -172,12 +174,12 @@ def attention_backward(
         constants = (*call.parts, *flags, _vector(rows), tile.stages, tile.queries, tile.keys)
         launch(query_grad_kernel, grid, (*rows, lse, delta, *call.tensors), numbers, constants, tile.warps)
     if k.shape[2]:
-        tile, rows = call.tile(sizes.key_grad), (to_k, to_v, grad, q, k, v)
+        tile, read = call.tile(sizes.key_grad), (to_k, to_v, grad, q, k, v)
         blocks = -(-k.shape[2] // tile.keys)
         ranges = _ranges(bounds, q.shape[2], k.shape[2], tile.keys, blocks)
-        tensors = (*rows, lse, delta, bounds, ranges, *dense)
-        numbers = (*call.sizes, call.scale, s.scale, *_steps(rows), *call.steps)
-        constants = (*call.parts, *flags, _vector(rows), tile.stages, tile.queries, tile.keys)
+        tensors = (*read, lse, delta, bounds, ranges, *dense)
+        numbers = (*call.sizes, call.scale, s.scale, *_steps(read), *call.steps)
+        constants = (*call.parts, *flags, _vector(read), tile.stages, tile.queries, tile.keys)
         launch(key_grad_kernel, _programs(blocks * k.shape[0] * k.shape[1]), tensors, numbers, constants, tile.warps)
     if turned:
         _turn(results[0], to_q, s, s.first, back=True)
@@ -253,7 +255,7 @@ def attention_decode(
     key_heads = keys.shape[1]
     group = heads // key_heads
     start, run, count = _runs(begin, end, min(width, _LARGEST), radius, position)
-    form = sizes.Form(max(features, value_features), _kind(q), 0, width > 0, sizes.capability(q.device))
+    form = Form(max(features, value_features), _kind(q), 0, width > 0, sizes.capability(q.device))
     tile = sizes.decode(form)
     splits = max(1, min(_MOST_SPLITS, _PROGRAMS // (batch * key_heads), count // _LEAST_KEYS))
     each = -(-count // (splits * tile.keys)) * tile.keys
@@ -265,13 +267,13 @@ def attention_decode(
     )
     rows = (keys, values)
     wide, wide_values = (max(16, triton.next_power_of_2(n)) for n in (features, value_features))
-    numbers = (heads, group, begin, end, min(width, _LARGEST), radius, position, start, run, count, splits, each)
+    counts = (heads, group, begin, end, min(width, _LARGEST), radius, position, start, run, count, splits, each)
     constants = (
         *(features, value_features, run < count, group == 1, _is_tf32(q), _vector(rows), tile.stages),
         *(1 if group == 1 else max(16, triton.next_power_of_2(group)), tile.keys, wide, wide_values),
     )
     tensors = (out, sums, largest, total, q, keys, values, slopes)
-    numbers = (*numbers, scale * _LOG2E, *_steps(rows))
+    numbers = (*counts, scale * _LOG2E, *_steps(rows))
     launch(decode_kernel, _programs(batch * key_heads * splits), tensors, numbers, constants, tile.warps)
     if splits > 1:
         padded = triton.next_power_of_2(splits)
@@ -284,7 +286,7 @@ def attention_decode(
 def _runs(begin: int, end: int, width: int, radius: int, position: int) -> tuple[int, int, int]:
     """The first key to read, how many in a row, and how many in all; runs begin ``width`` after each other.
 
-    With a width those within ``radius`` of the query once they are moved by whole rows, as ``near`` in the kernels says.
+    With a width those within ``radius`` of the query once moved by whole rows, as ``near`` in the kernels says.
     """
     run = 2 * radius + 1
     if not width or run >= width:

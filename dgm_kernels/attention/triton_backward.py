@@ -32,7 +32,8 @@ from .triton_tiles import (
 _FREE = (
     "queries", "keys", "heads", "group", "first", "width", "radius", "scale", "factor",
     "to_q_b", "to_q_h", "to_q_i", "to_k_b", "to_k_h", "to_k_j", "to_v_b", "to_v_h", "to_v_j",
-    "q_b", "q_h", "q_i", "k_b", "k_h", "k_j", "v_b", "v_h", "v_j", "grad_b", "grad_h", "grad_i", "out_b", "out_h", "out_i",
+    "q_b", "q_h", "q_i", "k_b", "k_h", "k_j", "v_b", "v_h", "v_j", "grad_b", "grad_h", "grad_i",
+    "out_b", "out_h", "out_i",
     "keep_b", "keep_h", "keep_i", "keep_j", "bias_b", "bias_h", "bias_i", "bias_j",
 )  # fmt: skip
 
@@ -49,7 +50,8 @@ def delta_kernel(
     batch, head = at // heads, at % heads
     i = (tl.program_id(0) - at * tiles) * QUERIES + tl.arange(0, QUERIES)
     exists = i < queries
-    grad = load_rows(of_head(grad_ptr, batch, head, grad_b, grad_h, VECTOR), i, exists, grad_i, DV, WIDE_V, VECTOR, True)
+    of_grad = of_head(grad_ptr, batch, head, grad_b, grad_h, VECTOR)
+    grad = load_rows(of_grad, i, exists, grad_i, DV, WIDE_V, VECTOR, True)
     out = load_rows(of_head(out_ptr, batch, head, out_b, out_h, VECTOR), i, exists, out_i, DV, WIDE_V, VECTOR, True)
     delta = tl.zeros((QUERIES,), tl.float32)
     for x in tl.static_range(len(grad)):
@@ -98,7 +100,8 @@ def _over_keys(
     sums, q, grad, lse, delta, i, begin, end, low, high, cuts, steps, k_ptr, v_ptr, k_j, v_j,
     keep_ptr, keep_i, keep_j, bias_ptr, bias_i, bias_j, slope, queries, keys, first, width, radius, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, MASKED: tl.constexpr,
-    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """``sums`` of keys, weighted by the gradients of their scores, over the tiles that need masks or that need none."""
@@ -139,7 +142,8 @@ def query_grad_kernel(
     exists = i < queries
     batch, head = at // heads, at % heads
     q = load_rows(of_head(q_ptr, batch, head, q_b, q_h, VECTOR), i, exists, q_i, D, WIDE, VECTOR, True)
-    grad = load_rows(of_head(grad_ptr, batch, head, grad_b, grad_h, VECTOR), i, exists, grad_i, DV, WIDE_V, VECTOR, True)
+    of_grad = of_head(grad_ptr, batch, head, grad_b, grad_h, VECTOR)
+    grad = load_rows(of_grad, i, exists, grad_i, DV, WIDE_V, VECTOR, True)
     lse = load_lse(lse_ptr + at.to(tl.int64) * queries, i, exists)
     delta = tl.load(delta_ptr + at.to(tl.int64) * queries + i, exists, other=0.0)
     k_ptr = of_head(k_ptr, batch, head // group, k_b, k_h, VECTOR)
@@ -184,10 +188,11 @@ def _over_queries(
     keep_b, keep_h, keep_i, keep_j, bias_b, bias_h, bias_i, bias_j,
     queries, keys, heads, group, first, width, radius, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, MASKED: tl.constexpr,
-    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of the tiles of queries that need masks, or of those that need none, of the group from ``head`` on.
+    """Adds the shares of the tiles of queries that need masks, or that need none, of the group from ``head`` on.
 
     Scores have keys along rows, so that the weights are the left operand of both sums as they are.
     """

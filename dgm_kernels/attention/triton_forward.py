@@ -34,7 +34,8 @@ _FREE = (
 
 @triton.jit
 def _softmax_step(
-    scores, largest, scale, i, j, distance, seen, queries, keys, keep_ptr, keep_i, keep_j, bias_ptr, bias_i, bias_j, slope,
+    scores, largest, scale, i, j, distance, seen, queries, keys, keep_ptr, keep_i, keep_j,
+    bias_ptr, bias_i, bias_j, slope,
     MASKED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile relative to the largest score so far, that score, and the factor that brings old sums to it."""
@@ -45,7 +46,8 @@ def _softmax_step(
         weights = tl.exp2(scores * scale - base[:, None])
     else:
         scores = masked_scores(
-            scores * scale, i, j, distance, seen, queries, keys, keep_ptr, keep_i, keep_j, bias_ptr, bias_i, bias_j, slope,
+            scores * scale, i, j, distance, seen, queries, keys, keep_ptr, keep_i, keep_j,
+            bias_ptr, bias_i, bias_j, slope,
             MASKED, KEEP, BIAS,
         )  # fmt: skip
         new = tl.maximum(largest, tl.max(scores, 1))
@@ -59,7 +61,8 @@ def _over_keys(
     sums, largest, total, q, i, begin, end, low, high, cuts, steps, k_ptr, v_ptr, k_j, v_j,
     keep_ptr, keep_i, keep_j, bias_ptr, bias_i, bias_j, slope, queries, keys, first, width, radius, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, MASKED: tl.constexpr,
-    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """The softmax goes on over the tiles that need masks, or those that need none.
@@ -92,7 +95,8 @@ def forward_kernel(
     keep_b: tl.int64, keep_h: tl.int64, keep_i: tl.int64, keep_j: tl.int64,
     bias_b: tl.int64, bias_h: tl.int64, bias_i: tl.int64, bias_j: tl.int64,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, NEAR: tl.constexpr,
-    NEGATIVE: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEGATIVE: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries of a head. ``scale`` is that of scores in powers of 2; NEGATIVE: with the sign turned."""

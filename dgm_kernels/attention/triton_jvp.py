@@ -68,10 +68,11 @@ def _over_keys(
     k_j, tk_j, v_j, tv_j, keep_ptr, keep_i, keep_j, bias_ptr, bias_i, bias_j, slope,
     queries, keys, first, width, radius, scale, factor,
     D: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, WIDE_V: tl.constexpr, MASKED: tl.constexpr,
-    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEAR: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, TF32: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """``sums``, P (S' - base) V + P V', and ``mean``, P (S' - base), over the tiles that need masks or that need none."""
+    """``sums``, P (S' - base) V + P V', and ``mean``, P (S' - base), over tiles that need masks or that need none."""
     for step in tl.range(0, steps, num_stages=STAGES):
         j = token(step, cuts, width, MASKED, NEAR, KEYS)
         exists = (j >= low) & (j < high)

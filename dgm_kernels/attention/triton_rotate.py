@@ -20,8 +20,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """ROWS tokens of a head, at positions from ``first`` on; BACK: turned the other way.
 
-    A kernel of its own, because a tile of keys is read by many programs: each would turn it again, and the tile could not
-    go to shared memory past the registers. Here it is read and written once, which is linear in the tokens.
+    A kernel of its own, because a tile of keys is read by many programs: each would turn it again, and the tile could
+    not go to shared memory past the registers. Here it is read and written once, which is linear in the tokens.
     """
     tiles = tl.cdiv(length, ROWS)
     at = tl.program_id(0) // tiles

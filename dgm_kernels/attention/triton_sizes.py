@@ -53,24 +53,28 @@ def wide(features: int, kind: str) -> int:
 def forward(form: Form) -> Tile:
     if form.kind == "fp32":
         return Tile(64, 32, 4, 2) if form.features <= 64 else Tile(32, 32, 4 if form.features <= 128 else 8, 2)
+    if form.dense > 1:
+        return Tile(32, 32, 4 if form.features <= 128 else 8, 2)
+    if form.kind == "tf32":
+        return Tile(64, 32, 4 if form.features <= 128 else 8, 2)
     new = form.capability >= 90
     if form.features > 128:
-        return Tile(64, 32, 8, 2) if not new or form.dense or form.kind == "tf32" else Tile(128, 64, 8, 2)
-    if form.dense > 1:
-        return Tile(64, 32, 4, 2)
-    if form.kind == "tf32":
-        return Tile(64, 32, 4, 2)
+        return Tile(128 if new and not form.dense else 64, 32, 8, 2)
     if new:
-        return Tile(128, 64 if form.dense else 128, 8, 2)
-    return Tile(128, 64, 8, 2) if form.features <= 64 else Tile(64, 32, 4, 2) if form.dense else Tile(128, 64, 8, 3)
+        return Tile(128, 64 if form.dense or form.near else 128, 8, 2)
+    if form.features > 64:
+        return Tile(64, 32, 4, 2) if form.dense else Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 2)
 
 
 def query_grad(form: Form) -> Tile:
     if form.kind == "fp32":
         return Tile(32, 32, 4 if form.features <= 64 else 8, 2)
+    if form.dense > 1:
+        return Tile(32, 32, 4 if form.features <= 128 else 8, 2)
     if form.features > 128:
         return Tile(64, 32, 8, 2)
-    if form.dense > 1 or form.kind == "tf32":
+    if form.kind == "tf32":
         return Tile(64, 32, 4, 2)
     if form.capability >= 90:
         return Tile(128, 64, 8, 2)
@@ -81,24 +85,28 @@ def key_grad(form: Form) -> Tile:
     if form.kind == "fp32":
         return Tile(32 if form.features <= 64 else 16, 32, 8, 2)
     if form.features > 128:
-        return Tile(32, 32, 8, 2)
+        return Tile(32, 32, 8, 1 if form.dense > 1 else 2)
     if form.dense > 1 or form.kind == "tf32":
-        return Tile(32, 32, 4, 2)
+        return Tile(32, 32, 8, 2)
+    new = form.capability >= 90
     if form.features <= 64:
-        return Tile(32 if form.dense or form.near else 64, 128, 8, 1 if form.dense and form.capability < 90 else 2)
-    return Tile(32, 64, 8, 1 if form.dense else 2) if form.capability >= 90 else Tile(64, 64, 8, 2)
+        return Tile(32 if form.dense or form.near else 64, 128, 8, 1 if form.dense and not new else 2)
+    return Tile(16 if form.dense else 32, 64, 8, 2) if new else Tile(64, 64, 8, 2)
 
 
 def jvp(form: Form) -> Tile:
     if form.kind == "fp32":
         return Tile(32, 16, 4, 2)
+    if form.dense > 1:
+        return Tile(32, 16, 8 if form.features > 128 else 4, 2)
     if form.features > 128:
-        return Tile(64, 32, 8, 2)
-    if form.dense > 1 or form.kind == "tf32":
+        return Tile(32, 32, 8, 2)
+    if form.kind == "tf32":
         return Tile(64, 32, 4, 2)
+    new = form.capability >= 90
     if form.features <= 64:
-        return Tile(64, 32, 4, 2) if form.dense and form.capability < 90 else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if form.capability >= 90 and not form.dense else Tile(128, 32, 8, 2)
+        return Tile(64, 32, 4, 2) if form.dense and not new else Tile(128, 64, 8, 2)
+    return Tile(128, 64 if new and not form.dense else 32, 8, 2)
 
 
 def decode(form: Form) -> Tile:
