@@ -269,7 +269,7 @@ def attention_decode(
     wide, wide_values = (max(16, triton.next_power_of_2(n)) for n in (features, value_features))
     counts = (heads, group, begin, end, min(width, _LARGEST), radius, position, start, run, count, splits, each)
     constants = (
-        *(features, value_features, run < count, group == 1, _is_tf32(q), _vector(rows), tile.stages),
+        *(features, value_features, 0 < 2 * radius + 1 < width, group == 1, _is_tf32(q), _vector(rows), tile.stages),
         *(1 if group == 1 else max(16, triton.next_power_of_2(group)), tile.keys, wide, wide_values),
     )
     tensors = (out, sums, largest, total, q, keys, values, slopes)
