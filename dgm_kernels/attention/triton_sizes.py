@@ -90,7 +90,9 @@ def key_grad(form: Form) -> Tile:
         return Tile(32, 32, 8, 2)
     new = form.capability >= 90
     if form.features <= 64:
-        return Tile(32 if form.dense or form.near else 64, 128, 8, 1 if form.dense and not new else 2)
+        if form.near and not form.dense:
+            return Tile(64, 64, 8, 2)
+        return Tile(32 if form.dense else 64, 128, 8, 1 if form.dense and not new else 2)
     return Tile(16 if form.dense else 32, 64, 8, 2) if new else Tile(64, 64, 8, 2)
 
 
