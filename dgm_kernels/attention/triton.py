@@ -23,7 +23,7 @@ from .triton_sizes import Form, Tile
 
 _LOG2E = 1.4426950408889634
 _LARGEST = 1 << 30  # widths and radii from here on reach all tokens
-_ROWS = 64  # of the small kernels
+_ROWS = 32  # of the kernel that sums over results
 _STEP = 1024  # queries at a time, whose bounds are read
 _PROGRAMS = 512  # of a decoding step: enough for the largest GPUs, and the same on all
 _MOST_SPLITS = 128

@@ -67,5 +67,5 @@ def _small_specs() -> Iterator[Spec]:
         turned = {"D": 64, "PAIRS": 32, "INTERLEAVED": False, "BACK": False, "VECTOR": vector, "ROWS": 64, "WIDE": 64}
         yield spec(f"rotate_{name}", rotate_kernel, {"to": dtype, "x": dtype, "table": "*fp32"}, **turned)
         sums = {"delta": "*fp32", "grad": dtype, "out": dtype}
-        yield spec(f"delta_{name}", delta_kernel, sums, DV=64, WIDE_V=64, VECTOR=vector, QUERIES=64)
+        yield spec(f"delta_{name}", delta_kernel, sums, DV=64, WIDE_V=64, VECTOR=vector, QUERIES=32)
     yield spec("ranges", ranges_kernel, {"ranges": "*i32", "bounds": "*i32"}, KEYS=64, STEP=1024)
