@@ -43,6 +43,9 @@ struct RopeArgs {
   bool rounds = false;  // what is turned to bfloat16, as kernels of pairs have it
 };
 
+constexpr int64_t kMaxFeatures = 1024;  // of a head: kernels have buffers for a row
+constexpr int64_t kPanelsTogether = 4;  // the most panels of a unit of work
+
 struct ForwardArgs {
   int64_t batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0, features = 0, value_features = 0;
   Rows q, k, v;

@@ -94,7 +94,8 @@ class QuerySide {
     for (int64_t n = 0; n < kPanel; ++n) {
       const float log = n < panel.count ? a_.lse[first + panel.query[n]] : kMinusInfinity;
       logs[n] = log == kMinusInfinity ? -kMinusInfinity : log * kLog2E;
-      if (a_.grad_lse && n < panel.count) deltas[n] -= a_.grad_lse[first + panel.query[n]];
+      // Of a query that sees no key the gradient of lse does not count, whatever it is.
+      if (a_.grad_lse && log != kMinusInfinity) deltas[n] -= a_.grad_lse[first + panel.query[n]];
     }
   }
 

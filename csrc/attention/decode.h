@@ -7,7 +7,7 @@ namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4, kRowsAhead = 64;
+constexpr int64_t kRowsAtOnce = 4;
 
 // Four rows of floats: where they lie, or of other dtypes copies.
 class FourRows {

@@ -26,14 +26,12 @@ class Forward {
 
   int64_t size() const { return size_; }
 
-  static constexpr int64_t kMostPanels = 4;
-
   void unit(int64_t batch, int64_t head, int64_t index) {
     prepare(batch, head / (a_.heads / a_.key_heads));
     const int64_t first = index * a_.panels, left = panels_.number() - first;
     const int64_t number = left < a_.panels ? left : a_.panels;
-    Panel panels[kMostPanels];
-    Lanes lanes[kMostPanels];
+    Panel panels[kPanelsTogether];
+    Lanes lanes[kPanelsTogether];
     int64_t begin = a_.keys, end = 0;
     for (int64_t p = 0; p < number; ++p) {
       panels[p] = panels_[first + p];

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <limits>
 
 #include "attention/cpu.h"
 
@@ -16,10 +17,9 @@ namespace dgm::attention {
 
 namespace {
 
-constexpr int64_t kMaxFeatures = 1024;      // of a head; kernels have buffers for a row
 constexpr int64_t kWorthAThread = 1 << 18;  // multiplications: waking a thread costs some microseconds
 constexpr int64_t kFewHeads = 8;            // fewer are cut into parts of the keys, so that threads have work
-constexpr int64_t kPanelsTogether = 4, kManyUnits = 64;
+constexpr int64_t kManyUnits = 64;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -93,6 +93,9 @@ void fill(ForwardArgs& a, const at::Tensor& q, const at::Tensor& k, const at::Te
                       "bounds must be contiguous int32 [", a.queries, ", 2] on the CPU, got ", bounds->sizes());
     a.mask.bounds = bounds->const_data_ptr<int32_t>();
   }
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(0 <= width && width <= kMost && 0 <= radius && radius <= kMost,
+                    "width and radius must be in [0, 2**31), got ", width, " and ", radius);
   a.mask.width = static_cast<int32_t>(width), a.mask.radius = static_cast<int32_t>(radius), a.mask.first = first;
   a.mask.keep = scores_of("keep", keep, a), a.mask.bias = scores_of("bias", bias, a);
   a.mask.slopes = floats_of("slopes", slopes, {a.heads});

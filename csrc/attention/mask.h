@@ -125,8 +125,8 @@ DGM_NOINLINE void turn_scores(const Scores& x, int64_t batch, int64_t head, cons
     }
 }
 
-// A bias in units of log 2. What is finite stays so: the smallest number is a mask that leaves a query that sees
-// nothing the mean of all values.
+// A bias in units of log 2. What is finite stays so: where it is the smallest number for all keys, the result is the
+// mean of all values. The backward pass has the probabilities from lse, of which a float has too few digits there.
 DGM_INLINE F32 in_logs_of_two(F32 bias) {
   const F32 scaled = at_least(bias * kLog2E, -1e38f);
   return bias == kMinusInfinity ? bias : scaled;

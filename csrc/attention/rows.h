@@ -7,8 +7,6 @@ namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kMaxFeatures = 1024;  // of a row in a buffer; launch.cpp refuses more
-
 // Memory for a thread, in pieces.
 class Scratch {
  public:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 logger = logging.getLogger("dgm_kernels")
 
@@ -234,6 +235,13 @@ def _functorch_levels() -> list[TransformType]:
     if torch._C._functorch.maybe_current_level() is None:
         return []
     return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+
+
+def may_keep_tensors() -> bool:
+    """Whether a tensor made now may serve later calls: not one that is traced, fake, or part of a CUDA graph."""
+    if is_traced() or _get_current_dispatch_mode() is not None:
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._core import ops
 from .._core.autocast import autocast_dtype, cast_for_product
-from .._core.backends import is_differentiated, is_forward_mode, is_traced, select
+from .._core.backends import is_differentiated, is_forward_mode, is_traced, may_keep_tensors, select
 from .._core.layout import like_strides
 from .._core.noise import NoiseKey, uniform_noise
 from . import masks, op, positions, reference
@@ -74,7 +74,7 @@ def attention(
     lead = q.shape[:-3]
     if not lead == k.shape[:-3] == v.shape[:-3]:  # broadcast_shapes takes its time
         lead = torch.broadcast_shapes(lead, k.shape[:-3], v.shape[:-3])
-    heads = () if q.dim() < 3 else (q.shape[-3] if enable_gqa else max(q.shape[-3], k.shape[-3], v.shape[-3]),)
+    heads = () if q.dim() < 3 else (q.shape[-3] if enable_gqa else _broadcast_heads(q, k, v),)
     scores = (*lead, *heads, q.shape[-2], k.shape[-2])
     if mask is not None:
         check_mask(mask, q.shape[-2], k.shape[-2], scores, q)
@@ -98,6 +98,12 @@ def attention(
     out, lse = _attend(q, k, v, settings, dropout_p, noise)
     out = out.view(*lead, *heads, *out.shape[2:])
     return (out, lse.view(*lead, *heads, lse.shape[2])) if return_lse else out
+
+
+def _broadcast_heads(*operands: Tensor) -> int:
+    """The heads of all; one head serves for any number, none too."""
+    numbers = [t.shape[-3] for t in operands]
+    return 0 if 0 in numbers else max(numbers)
 
 
 def _to_four(x: Tensor, lead: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
@@ -148,7 +154,8 @@ def _settings(
 
 def _region(mask: Mask, queries: int, keys: int, device: torch.device) -> tuple[Region | None, Tensor | None]:
     """The mask as kernels read it; or, of a mask that they cannot, the matrix."""
-    region = mask.region(queries, keys, device=device) if is_traced() else _cached(mask, queries, keys, device)
+    find = _cached if may_keep_tensors() else Mask.region
+    region = find(mask, queries, keys, device=device)
     return region, None if region is not None else mask.dense(queries, keys, device=device)
 
 

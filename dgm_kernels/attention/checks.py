@@ -29,8 +29,8 @@ def check_operands(q: object, k: object, v: object, enable_gqa: bool) -> None:
         raise ValueError(f"k must have the head dimension of q, {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v must have as many keys as k, {k.shape[-2]}, got {v.shape[-2]}")
-    for name, value, other, like in (("k", k, q, "q"), ("v", v, k, "k")):
-        last = -3 if name == "k" and enable_gqa else -2
+    for name, value, other, like in (("k", k, q, "q"), ("v", v, k, "k"), ("v", v, q, "q")):
+        last = -3 if like == "q" and enable_gqa else -2
         if not _broadcast(value.shape[:last], other.shape[:last]):
             raise ValueError(
                 f"{name} must have the batch and the heads of {like}, {tuple(other.shape[:-2])}, "
@@ -41,6 +41,8 @@ def check_operands(q: object, k: object, v: object, enable_gqa: bool) -> None:
             raise ValueError(f"q must have a dimension of heads with enable_gqa=True, got shape {tuple(q.shape)}")
         if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
             raise ValueError(f"k must have a number of heads that divides that of q, {q.shape[-3]}, got {k.shape[-3]}")
+        if v.shape[-3] not in (1, k.shape[-3]):
+            raise ValueError(f"v must have one head or as many as k, {k.shape[-3]}, got {v.shape[-3]}")
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> bool:

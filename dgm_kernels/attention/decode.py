@@ -54,8 +54,9 @@ class KVCache:
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be a floating-point dtype of 16, 32 or 64 bits, got {dtype}")
         # Zeros, since what is not written yet could be NaN, and a kernel may read beyond the last token.
-        self.keys = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(batch, heads, capacity, value_dim, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a cache made there serves elsewhere too
+            self.keys = torch.zeros(batch, heads, capacity, head_dim, dtype=dtype, device=device)
+            self.values = torch.zeros(batch, heads, capacity, value_dim, dtype=dtype, device=device)
         self.length = 0
 
     @property

@@ -93,7 +93,7 @@ class _Neighborhood2d:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.width, self.radius[1])
+        return Columns(self.width, min(self.radius[1], self.width))
 
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         rows = (i // self.width - j // self.width).abs() <= self.radius[0]
@@ -104,12 +104,13 @@ class _Neighborhood2d:
 
     def interval(self, i: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         row, column = i // self.width, i % self.width
+        rows, columns = min(self.radius[0], self.height), min(self.radius[1], self.width)  # more reaches no further
         # Below 0 or beyond the last row there is no key, so rows need no bounds of their own.
-        begin = (row - self.radius[0]) * self.width + (column - self.radius[1]).clamp(min=0)
+        begin = (row - rows) * self.width + (column - columns).clamp(min=0)
         if self.past:
             return begin, i + int(self.include_self)
-        last = (column + self.radius[1]).clamp(max=self.width - 1)
-        return begin, (row + self.radius[0]) * self.width + last + 1
+        last = (column + columns).clamp(max=self.width - 1)
+        return begin, (row + rows) * self.width + last + 1
 
     def __str__(self) -> str:
         radius = self.radius[0] if self.radius[0] == self.radius[1] else self.radius

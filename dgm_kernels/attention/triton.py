@@ -164,7 +164,7 @@ def attention_backward(
     q, k, lse = _rotated(q, s, s.first), _rotated(k, s, 0), lse.contiguous()
     to_q, to_k, to_v = (torch.empty_like(results[0]), torch.empty_like(results[1]), results[2]) if turned else results
     call = _call(q, k, v, s)
-    delta = _delta(grad, grad_lse, out, call)
+    delta = _delta(grad, grad_lse, out, lse, call)
     bounds, *dense = call.tensors
     flags = (call.near, *call.how, call.form.kind == "tf32")
     if q.shape[2]:
@@ -187,14 +187,15 @@ def attention_backward(
     return results  # type: ignore[return-value]
 
 
-def _delta(grad: Tensor, grad_lse: Tensor | None, out: Tensor, call: _Call) -> Tensor:
+def _delta(grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, call: _Call) -> Tensor:
     delta = torch.empty(grad.shape[:3], dtype=torch.float32, device=grad.device)
     if delta.numel():
         rows = (grad, out)
         numbers = (grad.shape[2], grad.shape[1], *_steps(rows))
         constants = (call.parts[1], call.parts[3], _vector(rows), _ROWS)
         grid = _programs(-(-grad.shape[2] // _ROWS) * grad.shape[0] * grad.shape[1])
-        grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
+        if grad_lse is not None:  # that of a query without keys does not count, whatever it is
+            grad_lse = torch.where(lse == -math.inf, 0.0, grad_lse.to(torch.float32)).contiguous()
         launch(delta_kernel, grid, (delta, *rows, grad_lse), numbers, constants)
     return delta
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._core.autocast import autocast_dtype
 from .._core.checks import as_int, check_device
 from ..attention import KVCache, attention, attention_decode
-from ..attention.checks import check_rope
+from ..attention.checks import check_mask, check_rope
 from ..attention.masks import Mask, causal
 from ..attention.positions import ALiBi, Rotary
 
@@ -126,6 +126,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if cache is not None:
             self._check_decoding(key_padding_mask, attn_mask, need_weights)
             return self._merge(self._decode(q, k, v, cache, mask, rope, bias), query), None
+        if mask is not None:
+            check_mask(mask, q.shape[2], k.shape[2], (*q.shape[:3], k.shape[2]), query)
         hidden, added = self._masks(key_padding_mask, attn_mask, (*q.shape[:3], k.shape[2]), query)
         seen, bias = _two_masks(mask, bias, hidden, added, q, k.shape[2])
         dropout_p = self.dropout if self.training else 0.0
@@ -185,7 +187,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         cache.append(k, v)
         try:
             return attention_decode(q, cache, mask=mask, bias=bias)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except BaseException:  # a call that fails must not leave its tokens behind
             cache.reset(before)
             raise
 
