@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/args.h"
-#include "attention/products.h"
+#include "attention/math.h"
 
 namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {

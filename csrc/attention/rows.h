@@ -113,14 +113,7 @@ DGM_NOINLINE void turn_rows(const Rows& x, int64_t batch, int64_t head, const Pl
     for (int64_t d = 0; d < depth; d += kWidth) {
       F32 v[4] = {load(four[0] + d), load(four[1] + d), load(four[2] + d), load(four[3] + d)};
       if constexpr (!Lane::kPairs) DGM_UNROLL for (int r = 0; r < 4; ++r) v[r] *= factor;
-      transpose4(v);  // vector j: rows n .. n + 3 of lanes d + j, d + j + 4, ...
-      float* at = to + d * stride + n;
-      if (d + kWidth <= depth) {
-        DGM_UNROLL
-        for (int lane = 0; lane < kWidth; ++lane) store_unaligned(at + lane * stride, quad(v[lane % 4], lane / 4));
-      } else {
-        for (int lane = 0; d + lane < depth; ++lane) store_unaligned(at + lane * stride, quad(v[lane % 4], lane / 4));
-      }
+      store_turned(v, depth - d, to + d * stride + n, stride);
     }
   }
 }

@@ -7,6 +7,9 @@
 namespace dgm {
 namespace DGM_ISA_NAMESPACE {
 
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+constexpr float kMinusInfinity = -__builtin_inff();
+
 DGM_INLINE F32 broadcast_float(float value) { return F32{} + value; }
 
 DGM_INLINE F32 absolute(F32 x) { return bit_cast<F32>(bit_cast<U32>(x) & 0x7FFFFFFFu); }
@@ -107,6 +110,42 @@ DGM_INLINE F32 logarithm(F32 x) {
   F32 e, f;
   split_exponent(x, e, f);
   return x == x ? e * 0.693147182464599609375f + log_of_mantissa(f) : x;
+}
+
+DGM_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+
+// Whether a lane of x is at least `bound`; NaN is not.
+DGM_INLINE bool any_reaches(F32 x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_GE_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(x), _mm256_set1_ps(bound), _CMP_GE_OQ)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < kWidth; ++i) any |= x[i] >= bound;
+  return any;
+#endif
+}
+
+DGM_INLINE F32 nearest_whole(F32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  return (x + kShift) - kShift;
+#endif
+}
+
+// 2^x for x <= 0, within 2 ulp: x = n + r with whole n and |r| <= 1/2, 2^r by a minimax polynomial whose error is 9e-8.
+// Minus infinity gives 0.
+DGM_INLINE F32 power_of_two_below_one(F32 x) {
+  x = at_least(x, -160.0f);  // whose power is 0
+  const F32 n = nearest_whole(x), r = x - n;
+  F32 p = r * 0.00132647f + 0.0096715f;
+  p = p * r + 0.05550734f;
+  p = p * r + 0.24022242f;
+  p = p * r + 0.69314698f;
+  return scale_by_power(p * r + 1.0f, n);
 }
 
 // log(1 + t) for t in [0, 1]: the rounding of 1 + t is made good, so that small t keep their digits.

@@ -33,6 +33,17 @@ DGM_INLINE void store_first(float* to, F32 value, int64_t count) {
     std::memcpy(to, &value, count * sizeof(float));
 }
 
+// Vectors of four rows turned: lane i of them to the four floats at `to + i * stride`, for at most `lanes` of them.
+DGM_INLINE void store_turned(F32* v, int64_t lanes, float* to, int64_t stride) {
+  transpose4(v);  // vector j: the four rows at lanes j, j + 4, ...
+  if (lanes >= kWidth) {
+    DGM_UNROLL
+    for (int lane = 0; lane < kWidth; ++lane) store_unaligned(to + lane * stride, quad(v[lane % 4], lane / 4));
+  } else {
+    for (int lane = 0; lane < lanes; ++lane) store_unaligned(to + lane * stride, quad(v[lane % 4], lane / 4));
+  }
+}
+
 // Calls function(std::integral_constant<int, n>) for the n that is `positions`, 1 to kTile.
 template <int kPositions = kTile, class Function>
 DGM_INLINE void with_positions(int64_t positions, Function function) {

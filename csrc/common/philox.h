@@ -75,6 +75,25 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
   word[3] = c3;
 }
 
+// The same where every lane has a counter of its own, all four words of it; `key` has k0, k1 of every round.
+template <class W>
+DGM_INLINE void philox(W c0, W c1, W c2, W c3, const uint32_t (&key)[20], W (&word)[4]) {
+  DGM_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    W hi0, lo0, hi1, lo1;
+    multiply(kPhiloxM0, c0, hi0, lo0);
+    multiply(kPhiloxM1, c2, hi1, lo1);
+    c0 = hi1 ^ c1 ^ broadcast<W>(key[2 * round]);
+    c2 = hi0 ^ c3 ^ broadcast<W>(key[2 * round + 1]);
+    c1 = lo1;
+    c3 = lo0;
+  }
+  word[0] = c0;
+  word[1] = c1;
+  word[2] = c2;
+  word[3] = c3;
+}
+
 // ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is a float or CPU vectors of them.
 
 // ln(1 + f) for 1 + f in [3/4, 3/2), a minimax polynomial.

@@ -1,10 +1,10 @@
-// The inner loop of all products of attention, in float32 and, of bfloat16, in pairs.
+// Products of panels of queries and tiles of keys, what two ops share: in float32 and, of bfloat16, in pairs.
 #pragma once
 
-#include "attention/math.h"
+#include "common/elementary.h"
 #include "common/panel.h"
 
-namespace dgm::attention {
+namespace dgm {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
@@ -173,4 +173,4 @@ DGM_INLINE void outer_sums(const float* weights, int64_t positions, const float*
 
 }  // namespace
 }  // namespace DGM_ISA_NAMESPACE
-}  // namespace dgm::attention
+}  // namespace dgm
