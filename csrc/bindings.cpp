@@ -8,8 +8,11 @@
 #include "attention/launch.h"
 #include "common/isa.h"
 #include "coupling/launch.h"
+#include "density/launch.h"
+#include "latent/launch.h"
 #include "masked_conv/launch.h"
 #include "masked_conv/launch_pixel.h"
+#include "norm/launch.h"
 #include "sampler/launch.h"
 
 namespace py = pybind11;
@@ -57,6 +60,23 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("coupling_spline_backward.cpp", TORCH_FN(dgm::coupling::spline_backward));
   m.impl("coupling_log_prob.cpp", TORCH_FN(dgm::coupling::log_prob));
   m.impl("coupling_made_inverse.cpp", TORCH_FN(dgm::coupling::made_inverse));
+  m.impl("latent_importance.cpp", TORCH_FN(dgm::latent::importance));
+  m.impl("latent_importance_backward.cpp", TORCH_FN(dgm::latent::importance_backward));
+  m.impl("latent_kl.cpp", TORCH_FN(dgm::latent::kl));
+  m.impl("latent_kl_backward.cpp", TORCH_FN(dgm::latent::kl_backward));
+  m.impl("latent_quantize.cpp", TORCH_FN(dgm::latent::quantize));
+  m.impl("latent_quantize_backward.cpp", TORCH_FN(dgm::latent::quantize_backward));
+  m.impl("latent_sample.cpp", TORCH_FN(dgm::latent::sample));
+  m.impl("latent_sample_backward.cpp", TORCH_FN(dgm::latent::sample_backward));
+  m.impl("latent_tril.cpp", TORCH_FN(dgm::latent::tril));
+  m.impl("latent_tril_backward.cpp", TORCH_FN(dgm::latent::tril_backward));
+  m.impl("density_log_prob.cpp", TORCH_FN(dgm::density::log_prob));
+  m.impl("density_moments.cpp", TORCH_FN(dgm::density::moments));
+  m.impl("density_grad_x.cpp", TORCH_FN(dgm::density::grad_x));
+  m.impl("density_mean.cpp", TORCH_FN(dgm::density::mean));
+  m.impl("density_mean_grad.cpp", TORCH_FN(dgm::density::mean_grad));
+  m.impl("density_kernel_sum.cpp", TORCH_FN(dgm::density::kernel_sum));
+  m.impl("density_kernel_sum_grad.cpp", TORCH_FN(dgm::density::kernel_sum_grad));
   m.impl("masked_conv.cpp", TORCH_FN(dgm::masked_conv::conv));
   m.impl("masked_conv_input_grad.cpp", TORCH_FN(dgm::masked_conv::input_grad));
   m.impl("masked_conv_weight_grad.cpp", TORCH_FN(dgm::masked_conv::weight_grad));
@@ -68,6 +88,10 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("masked_conv_categorical_backward.cpp", TORCH_FN(dgm::masked_conv::categorical_backward));
   m.impl("masked_conv_pack.cpp", TORCH_FN(dgm::masked_conv::pack_program));
   m.impl("masked_conv_generate.cpp", TORCH_FN(dgm::masked_conv::generate));
+  m.impl("norm_rows.cpp", TORCH_FN(dgm::norm::rows));
+  m.impl("norm_rows_backward.cpp", TORCH_FN(dgm::norm::rows_backward));
+  m.impl("norm_group_silu.cpp", TORCH_FN(dgm::norm::group_silu));
+  m.impl("norm_group_silu_backward.cpp", TORCH_FN(dgm::norm::group_silu_backward));
 }
 
 #ifdef DGM_WITH_CUDA

@@ -16,6 +16,23 @@ from .coupling import (
     standard_normal_log_prob,
     triangular_linear,
 )
+from .density import (
+    EMStatistics,
+    empirical_denoiser,
+    kde_log_prob,
+    mixture_em_statistics,
+    mixture_log_prob,
+    mmd,
+)
+from .latent import (
+    VectorQuantized,
+    gaussian_kl,
+    gaussian_sample_kl,
+    importance_bound,
+    importance_log_weights,
+    lognormal_sample_kl,
+    vector_quantize,
+)
 from .masked_conv import (
     categorical_log_prob,
     categorical_sample,
@@ -29,6 +46,7 @@ from .masked_conv import (
     vertical_conv2d,
 )
 from .masked_conv.generate import IncrementalSampler, incremental_sampler
+from .norm import group_norm_silu, layer_norm, modulated_layer_norm, rms_norm
 from .sampler import (
     NoiseKey,
     SamplerTable,
@@ -45,12 +63,14 @@ from .sampler import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMStatistics",
     "IncrementalSampler",
     "KVCache",
     "NoiseKey",
     "SamplerTable",
     "Schedule",
     "TrainingTable",
+    "VectorQuantized",
     "actnorm",
     "add_noise",
     "additive_coupling",
@@ -64,26 +84,41 @@ __all__ = [
     "denoising_loss",
     "discretized_logistic_mixture",
     "discretized_logistic_mixture_sample",
+    "empirical_denoiser",
     "gated_activation",
+    "gaussian_kl",
+    "gaussian_sample_kl",
+    "group_norm_silu",
     "horizontal_conv2d",
     "householder",
+    "importance_bound",
+    "importance_log_weights",
     "incremental_sampler",
     "invertible_conv1x1",
+    "kde_log_prob",
+    "layer_norm",
     "logistic_log_prob",
+    "lognormal_sample_kl",
     "made_inverse",
     "masked_conv2d",
     "masked_linear",
     "masks",
+    "mixture_em_statistics",
+    "mixture_log_prob",
+    "mmd",
+    "modulated_layer_norm",
     "nn",
     "noise_like",
     "permute_channels",
     "positions",
     "rational_quadratic_spline",
+    "rms_norm",
     "sample",
     "sampler_step",
     "standard_normal_log_prob",
     "tables",
     "triangular_linear",
     "use_backend",
+    "vector_quantize",
     "vertical_conv2d",
 ]

@@ -26,3 +26,13 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     if autocast_dtype(device) is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def elementwise_dtype(*tensors: Tensor) -> torch.dtype:
+    """What eager PyTorch gives: promotion, and float32 at least under CUDA's autocast, where exp is computed so."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if tensors[0].is_cuda and torch.is_autocast_enabled("cuda"):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return dtype

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import as_int
+from .checks import as_int, check_device, check_like
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -88,6 +88,26 @@ class NoiseKey:
         )
         step_tensor, step = (step, 0) if isinstance(step, Tensor) else (None, step)
         return None, seed_tensor, seed, step_tensor, step, self.samples, self.first_sample, self.stream
+
+
+def noise_args(noise: NoiseKey | Tensor | None, x: Tensor, like: str = "x") -> OpArgs:
+    """Noise for the batch ``x``, which messages call ``like``, as the arguments of an op; None draws a seed."""
+    if isinstance(noise, Tensor):
+        check_like("noise", noise, x, like)
+        return (noise, *NO_NOISE[1:])
+    if noise is None:
+        noise = NoiseKey.draw(device=x.device)
+    elif not isinstance(noise, NoiseKey):
+        raise TypeError(f"noise must be a NoiseKey, a tensor or None, got {type(noise).__name__}")
+    _, seed_tensor, seed, step_tensor, step, samples, first_sample, stream = noise.op_args()
+    for name, value, per_row in (("seed", seed_tensor, False), ("step", step_tensor, True), ("samples", samples, True)):
+        if value is None:
+            continue
+        check_device(f"noise.{name}", value, x, like)
+        if per_row and value.shape != x.shape[:1] and (name == "samples" or value.numel() != 1):
+            raise ValueError(f"noise.{name} must have {x.shape[0]} entries, got shape {tuple(value.shape)}")
+    step_tensor, samples = (None if value is None else value.contiguous() for value in (step_tensor, samples))
+    return None, seed_tensor, seed, step_tensor, step, samples, first_sample, stream
 
 
 def _check_integers(name: str, value: object) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dgm_kernels.nn import GroupNormSiLU
+
 from ..model import check_positive
 from .embedding import Condition
 
@@ -44,7 +46,7 @@ class UNet(nn.Module):
         # A level of the way up takes what the level below gives, and the skips of its own resolution.
         below = [*widths[1:], widths[-1]]
         self.up = nn.ModuleList(_Up(a, b, size, depth) for a, b in zip(below[::-1], widths[::-1], strict=True))
-        self.norm = _norm(width * multipliers[0])
+        self.norm = GroupNormSiLU(_GROUPS, width * multipliers[0])
         self.outward = nn.Conv2d(width * multipliers[0], shape[0], 3, padding=1)
         for parameter in self.outward.parameters():
             nn.init.zeros_(parameter)
@@ -60,7 +62,7 @@ class UNet(nn.Module):
         h = self.middle(h, condition)
         for level, up in enumerate(self.up):
             h = up(F.interpolate(h, scale_factor=2.0) if level else h, skips.pop(), condition)
-        return self.outward(F.silu(self.norm(h)))
+        return self.outward(self.norm(h))
 
 
 def _check(shape: Sequence[int], width: int, depth: int, multipliers: Sequence[int]) -> None:
@@ -79,25 +81,21 @@ def _check(shape: Sequence[int], width: int, depth: int, multipliers: Sequence[i
         check_positive("depth and multipliers", value)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels)
-
-
 class _Residual(nn.Module):
     """``skip(x) + conv(silu(norm(conv(silu(norm(x))) + condition)))``."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
+        self.norm1 = GroupNormSiLU(_GROUPS, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.shift = nn.Linear(condition, outputs)
-        self.norm2 = _norm(outputs)
+        self.norm2 = GroupNormSiLU(_GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.shift(F.silu(condition))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x)) + self.shift(F.silu(condition))[:, :, None, None]
+        return self.skip(x) + self.conv2(self.norm2(h))
 
 
 class _Attention(nn.Module):
@@ -105,7 +103,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = nn.GroupNorm(_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.outward = nn.Conv2d(channels, channels, 1)
 

@@ -1,0 +1,128 @@
+// CPU loops of samples with their KL, of a KL alone, and of importance samples, on runs of floats.
+#pragma once
+
+#include <type_traits>
+
+#include "latent/chunk.h"
+
+#define DGM_FLAT __attribute__((always_inline))  // of a loop's body: GCC would call it
+
+namespace dgm::latent {
+namespace DGM_ISA_NAMESPACE {
+namespace {
+
+template <class Body>
+DGM_INLINE void for_each_pack(const Chunk& c, const Body& body) {
+  for (int64_t i = 0; i < c.size(); i += kPackElements) body(i);
+}
+
+template <class Call>
+DGM_INLINE void with_flag(bool flag, const Call& call) {
+  if (flag)
+    call(std::true_type{});
+  else
+    call(std::false_type{});
+}
+
+// The runs of a chunk.
+struct SampleRuns {
+  const float *mu, *log_var, *eps, *grad, *grad_kl;
+  float *z, *terms, *grad_mu, *grad_log_var;
+};
+
+// Terms are twice the KL of an element; so is the bound on them.
+template <bool kLogNormal, bool kStandard>
+DGM_NOINLINE void sample_run(const SampleArgs a, const Chunk c, const SampleRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i);
+    const Scale<V> scale = scale_of(log_var);
+    const V u = scale.sigma * load_pack(r.eps + i) + mu;
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u);
+    const V d = kStandard ? mu : mu - a.prior_mu;
+    const V term = twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var);
+    store_pack(r.terms + i, at_least(term, 2.0f * a.free_bits));
+  });
+}
+
+template <bool kLogNormal, bool kStandard, bool kBounded>
+DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Chunk c, const SampleRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i), d = kStandard ? mu : mu - a.prior_mu;
+    const Scale<V> scale = scale_of(log_var);
+    const V moved = scale.sigma * load_pack(r.eps + i);
+    V g = load_pack(r.grad + i), k = load_pack(r.grad_kl + i);
+    if constexpr (kLogNormal) g = g * exponential(moved + mu);
+    if constexpr (kBounded)
+      k = unless_below(twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var), 2.0f * a.free_bits, k);
+    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g);
+    store_pack(r.grad_log_var + i, (g * moved + k * slope<kStandard>(a, scale.variance_less_one)) * 0.5f);
+  });
+}
+
+// ---- KL of two diagonal Gaussians
+
+struct KlRuns {
+  const float *mu, *log_var, *prior_mu, *prior_log_var, *grad;
+  float *terms, *grad_mu, *grad_log_var, *grad_prior_mu, *grad_prior_log_var;
+};
+
+DGM_NOINLINE void kl_run(const float free_bits, const Chunk c, const KlRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
+    const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i);
+    const V term = scale_of(a).variance_less_one - a + d * d * exponential(-b);
+    store_pack(r.terms + i, at_least(term, 2.0f * free_bits));
+  });
+}
+
+DGM_NOINLINE void kl_backward_run(const float free_bits, const Chunk c, const KlRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
+    const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i), weighted = d * exponential(-b);
+    const V slope = scale_of(a).variance_less_one;
+    const V k = unless_below(slope - a + d * weighted, 2.0f * free_bits, load_pack(r.grad + i));
+    const V to_mu = k * weighted;
+    store_pack(r.grad_mu + i, to_mu);
+    store_pack(r.grad_log_var + i, k * slope * 0.5f);
+    store_pack(r.grad_prior_mu + i, -to_mu);
+    store_pack(r.grad_prior_log_var + i, k * (slope + d * weighted) * -0.5f);
+  });
+}
+
+// ---- Importance samples. sigma is computed once for all draws.
+
+DGM_NOINLINE void sigma_run(const Chunk c, const float* log_var, float* sigma) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT { store_pack(sigma + i, exponential(load_pack(log_var + i) * 0.5f)); });
+}
+
+struct ImportanceRuns {
+  const float *mu, *log_var, *sigma, *eps, *grad, *grad_ratio;
+  float *z, *terms, *to_mu, *to_log_var;
+};
+
+template <bool kLogNormal>
+DGM_NOINLINE void importance_run(const Chunk c, const ImportanceRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V eps = load_pack(r.eps + i), u = load_pack(r.sigma + i) * eps + load_pack(r.mu + i);
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u);
+    store_pack(r.terms + i, twice_log_ratio(eps, load_pack(r.log_var + i), u));
+  });
+}
+
+// Adds a draw's share to the gradients; that of log_var twice as large as it is.
+template <bool kLogNormal>
+DGM_NOINLINE void importance_backward_run(const Chunk c, const ImportanceRuns r) {
+  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+    const V moved = load_pack(r.sigma + i) * load_pack(r.eps + i), u = moved + load_pack(r.mu + i);
+    const V l = load_pack(r.grad_ratio + i);
+    V g = load_pack(r.grad + i);
+    if constexpr (kLogNormal) g = g * exponential(u);
+    g = g - l * u;
+    store_pack(r.to_mu + i, load_pack(r.to_mu + i) + g);
+    store_pack(r.to_log_var + i, load_pack(r.to_log_var + i) + (g * moved + l));
+  });
+}
+
+}  // namespace
+}  // namespace DGM_ISA_NAMESPACE
+}  // namespace dgm::latent
