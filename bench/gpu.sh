@@ -79,7 +79,7 @@ if wanted sanitizer; then
     for tool in memcheck racecheck; do
       # Without the caching allocator a tensor's end is an allocation's end, which is what memcheck watches.
       step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        --target-processes all "$python" -m bench.run_once ${only:+--only "$only"}
+        --target-processes all "$python" -m bench.run_once --small ${only:+--only "$only"}
     done
   else
     skip sanitizer "compute-sanitizer is not on the PATH"

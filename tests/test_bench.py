@@ -253,7 +253,27 @@ def test_ahead_of_time_compile(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["aot", "--out", str(tmp_path / "aot.md")])
     with pytest.raises(SystemExit, match=r"registers spilled by large \(sm_80\)"):
         aot.main()
-    assert (tmp_path / "aot.md").read_text().count("| small") == 3
+    assert (tmp_path / "aot.md").read_text().count("| small") == 1  # one line for the three targets
+
+
+def test_small_calls_run_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import run_once, small_calls
+
+    ops = {path.name for path in (ROOT / "csrc").iterdir() if (path / "launch.cpp").exists()}
+    assert set(small_calls.CALLS) == ops
+    run_once.run_small(torch.device("cpu"), None)
+    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()} == ops
+
+
+def test_aot_occupancy():
+    """Registers of a warp come in units of 256, blocks take 1 KiB of shared memory for themselves."""
+    from bench.aot import occupancy
+
+    assert occupancy(90, 4, 255, 0) == 8 / 64
+    assert occupancy(90, 4, 32, 0) == 1.0
+    assert occupancy(80, 4, 33, 0) == 48 / 64
+    assert occupancy(90, 8, 64, 113 << 10) == 16 / 64
+    assert occupancy(80, 8, 64, 100 << 10) == 8 / 64
 
 
 def test_case_wants_ours_first_and_eager() -> None:
