@@ -3,7 +3,7 @@
 from .model import DensityUnavailable, GenerativeModel
 from .registry import create_model, from_pretrained, list_models, register_model
 
-from . import autoregressive, ddpm, flows  # isort: skip  (registers the families)
+from . import autoregressive, ddpm, flows, latent, mixtures  # isort: skip  (registers the families)
 
 __all__ = [
     "DensityUnavailable",
@@ -13,6 +13,8 @@ __all__ = [
     "ddpm",
     "flows",
     "from_pretrained",
+    "latent",
     "list_models",
+    "mixtures",
     "register_model",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -52,6 +53,9 @@ class Stream(enum.IntEnum):
     TRAINING_NOISE = 7
     BOUND_PATHS = 8
     LEVEL_NOISE = 9
+    OBSERVATIONS = 10
+    COMPONENTS = 11
+    STARTS = 12
 
 
 class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", model_card_template=_CARD):
@@ -88,13 +92,13 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are; of a model that only keeps data, where these are."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the parameters are."""
-        return next(self.parameters()).dtype
+        """What the parameters are; of a model that only keeps data, what these are."""
+        return next(itertools.chain(self.parameters(), self.buffers())).dtype
 
     @abstractmethod
     def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
@@ -308,6 +312,33 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         model = cls(**model_kwargs).to(getattr(torch, config["dtype"]))
         safetensors.torch.load_model(model, file)
         return model.eval()
+
+
+class FittedModel(GenerativeModel):
+    """A model that needs all training samples at once instead of small steps along gradients, as EM does."""
+
+    @abstractmethod
+    def fit(
+        self,
+        x: Tensor,
+        validation: Tensor | None = None,
+        *,
+        steps: int = 200,
+        seed: int = 0,
+        report: Callable[[float], bool] | None = None,
+    ) -> list[float]:
+        """Fits the model, or goes on with one that was fitted before.
+
+        Args:
+            x: ``[samples, *sample_shape]`` to fit.
+            validation: samples that choices, such as that of the best start, are made by; None for ``x`` itself.
+            steps: iterations at most.
+            seed: names the noise that the fit draws.
+            report: is told the loss of each iteration and says whether to go on.
+
+        Returns:
+            The loss of each iteration that led to the result.
+        """
 
 
 def check_positive(name: str, value: int) -> int:

@@ -1,4 +1,4 @@
-"""The training loop: Adam, averaged weights, clipped gradients, checkpoints that resume to the same bits."""
+"""The training loop: Adam, averaged weights, clipped gradients, checkpoints that resume to the same bits; or a fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dgm_kernels import NoiseKey, noise_like
 
 from .data import Dataset, Split
-from .model import GenerativeModel, Stream, check_natural, check_positive
+from .model import FittedModel, GenerativeModel, Stream, check_natural, check_positive
 
 CHECKPOINT_FILE = "checkpoint.pt"
 SETTINGS_FILE = "training.json"
@@ -79,6 +79,9 @@ class Trainer:
     A step is a pure function of the state before it and of ``(settings.seed, step)``: which samples, which noise. So a
     run that was stopped and resumed ends with the same weights as one that was not.
 
+    A :class:`.FittedModel` is fitted instead: its iterations are the steps, and of the settings only ``steps``,
+    ``seed`` and ``validation_draws`` count.
+
     Args:
         model: is trained in place.
         data: its ``train`` part is trained on, its ``validation`` part is evaluated.
@@ -109,6 +112,9 @@ class Trainer:
         """Trains to step ``until`` (default: the last of the settings), or for so many minutes."""
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         deadline = time.monotonic() + 60 * minutes
+        if isinstance(self.model, FittedModel):
+            self._fit(self.model, until, deadline, progress)
+            return
         pending: list[Tensor] = []  # losses on the device: reading each at once would wait for every step
         self.model.train()
         with tqdm(total=until, initial=self.step, unit="step", disable=not progress) as bar:
@@ -125,8 +131,30 @@ class Trainer:
             self._flush(pending)
         self.save()
 
+    def _fit(self, model: FittedModel, until: int, deadline: float, progress: bool) -> None:
+        """The iterations of a model that is fitted, from several starts if it tries some; then validates and saves."""
+        if self.step >= until:
+            return
+        with tqdm(unit="step", disable=not progress) as bar:
+
+            def report(loss: float) -> bool:
+                bar.update()
+                bar.set_postfix({"loss": f"{loss:.4f}"}, refresh=False)
+                return time.monotonic() < deadline
+
+            x, validation, seed = self.train_split.x, self.validation_split.x, self.settings.seed
+            losses = model.fit(x, validation, steps=until - self.step, seed=seed, report=report)
+        self._flush(list(torch.tensor(losses, dtype=torch.float64)))
+        self.step = len(self.losses)
+        self.averaged_model.load_state_dict(model.state_dict())
+        self.validation.append((self.step, self.validation_loss()))
+        self.save()
+
     def train_step(self) -> Tensor:
-        """One step of the optimizer; returns the loss, still on the device."""
+        """One step of the optimizer, or iteration of a fit; returns the loss, still on the device."""
+        if isinstance(self.model, FittedModel):
+            self._fit(self.model, self.step + 1, math.inf, progress=False)
+            return torch.tensor(self.losses[-1])
         lr = self.settings.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
