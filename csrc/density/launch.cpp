@@ -6,7 +6,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mv.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tril.h>
 #include <ATen/ops/zeros.h>
@@ -279,8 +278,9 @@ std::tuple<at::Tensor, at::Tensor> mean(const at::Tensor& x, const at::Tensor& y
   return {std::move(out), std::move(lse)};
 }
 
-at::Tensor mean_grad(const at::Tensor& grad, const at::Tensor& shift, const at::Tensor& lse, const at::Tensor& x,
-                     const at::Tensor& y, const at::Tensor& q, const at::Tensor& offset) {
+at::Tensor mean_grad(const at::Tensor& grad, const OptionalTensor& grad_lse, const at::Tensor& mean,
+                     const at::Tensor& lse, const at::Tensor& x, const at::Tensor& y, const at::Tensor& q,
+                     const at::Tensor& offset) {
   const at::Tensor one = at::ones({1}, at::TensorOptions(at::kFloat));
   const Held held = hold(x, y, one, q, offset);
   GatherArgs args;
@@ -289,9 +289,10 @@ at::Tensor mean_grad(const at::Tensor& grad, const at::Tensor& shift, const at::
   at::Tensor out = floats(x.sizes());
   args.width = args.mixture.features, args.rows = args.mixture.y;
   args.grad = checked("grad", grad, x.sizes()), args.lse = checked("lse", lse, {x.size(0)});
-  checked("shift", shift, {x.size(0)});
+  checked("mean", mean, x.sizes());
   // The kernel multiplies with components about the middle.
-  const at::Tensor weight = shift + grad.mv(held.middle.slice(0, 0, args.mixture.features));
+  at::Tensor weight = (grad * (held.middle.slice(0, 0, args.mixture.features) - mean)).sum(1);
+  if (present(grad_lse)) weight.add_(*grad_lse);
   args.weight = weight.const_data_ptr<float>();
   args.out = data(out);
   run_gather(args);

@@ -16,8 +16,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moments(const at::Tensor& weight,
 at::Tensor grad_x(const at::Tensor& grad, const at::Tensor& lse, DGM_MIXTURE_PARAMETERS);
 std::tuple<at::Tensor, at::Tensor> mean(const at::Tensor& x, const at::Tensor& y, const at::Tensor& q,
                                         const at::Tensor& offset);
-at::Tensor mean_grad(const at::Tensor& grad, const at::Tensor& shift, const at::Tensor& lse, const at::Tensor& x,
-                     const at::Tensor& y, const at::Tensor& q, const at::Tensor& offset);
+at::Tensor mean_grad(const at::Tensor& grad, const OptionalTensor& grad_lse, const at::Tensor& mean,
+                     const at::Tensor& lse, const at::Tensor& x, const at::Tensor& y, const at::Tensor& q,
+                     const at::Tensor& offset);
 at::Tensor kernel_sum(const at::Tensor& x, const at::Tensor& y, int64_t kind, at::ArrayRef<double> numbers, bool same);
 at::Tensor kernel_sum_grad(const at::Tensor& x, const at::Tensor& y, int64_t kind, at::ArrayRef<double> numbers,
                            bool same);

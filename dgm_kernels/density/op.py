@@ -127,9 +127,7 @@ def _mean_backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
         (to_x,) = ops.differentiable_vjp(lambda x: reference.mean(x, y, q, offset), (x,), (grad, grad_lse))
         return to_x, None, None, None
     grad = torch.zeros_like(mean_) if grad is None else grad.contiguous()
-    shift = -(grad * mean_).sum(1)
-    shift = shift if grad_lse is None else shift + grad_lse
-    return mean_grad[ctx.backend](grad, shift, lse, x, y, q, offset), None, None, None
+    return mean_grad[ctx.backend](grad, grad_lse, mean_, lse, x, y, q, offset), None, None, None
 
 
 mean = ops.define(
@@ -143,8 +141,8 @@ mean = ops.define(
 )
 mean_grad = ops.define(
     "density_mean_grad",
-    "(Tensor grad, Tensor shift, Tensor lse, Tensor x, Tensor y, Tensor q, Tensor offset) -> Tensor",
-    lambda grad, shift, lse, x, *rest: x.new_empty(x.shape),
+    "(Tensor grad, Tensor? grad_lse, Tensor mean, Tensor lse, Tensor x, Tensor y, Tensor q, Tensor offset) -> Tensor",
+    lambda grad, grad_lse, mean, lse, x, *rest: x.new_empty(x.shape),
     _TRITON,
     backends=BACKENDS,
 )

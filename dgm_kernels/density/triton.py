@@ -352,14 +352,15 @@ def _weighted_rows(weights: Tensor, operands: _Operands) -> tuple[Tensor, Tensor
 
 
 def density_mean_grad(
-    grad: Tensor, shift: Tensor, lse: Tensor, x: Tensor, y: Tensor, q: Tensor, offset: Tensor
+    grad: Tensor, grad_lse: Tensor | None, mean: Tensor, lse: Tensor, x: Tensor, y: Tensor, q: Tensor, offset: Tensor
 ) -> Tensor:
     """``dgm::density_mean_grad.triton``: the gradient of the mean and the log-probability by the points."""
     if x.shape[0] == 0:
         return x.new_empty(x.shape)
     o = _operands(x, y, None, q, offset)
     grad = grad.contiguous()
-    shift = shift + (grad * o.middle).sum(1)  # the kernel multiplies by rows about the middle
+    shift = -(grad * (mean - o.middle)).sum(1)  # the kernel multiplies by rows about the middle
+    shift = shift if grad_lse is None else shift + grad_lse
     tensors = (grad, shift, o.x, o.y, o.q, o.offset, o.lengths, o.middle)
     return _posterior("mean_grad", mean_grad_kernel, tensors, o, o.steps[1:])[0]
 
@@ -415,7 +416,7 @@ def density_kernel_sum_grad(x: Tensor, y: Tensor, kind: int, numbers: Sequence[f
 
 def aot_specs() -> Iterator[Spec]:
     """Forms of the kernels to compile ahead of time: few and many features, rows that are aligned and that are not."""
-    for features in (3, 32, 59, 64, 784):
+    for features in (32, 64, 784):
         yield from _number_specs(features)
         yield from _row_specs(features)
         pointers = _pointers("count first second weights x y q")
