@@ -51,6 +51,16 @@ def test_attention():
     assert f">>> print(dgm.masks.raster_2d(3, 3, 1).show())\n{picture}\n```" in README
 
 
+def test_latent_variables_and_mixtures():
+    names = section("Latent variables and mixtures")
+    assert names["mu"].grad.abs().sum() > 0 and names["log_var"].grad.abs().sum() > 0
+    assert names["bound"].shape == (256,) and names["bound"].isfinite().all()
+    x = names["x"]
+    alone = torch.distributions.MultivariateNormal(torch.zeros(16), torch.eye(16)).log_prob(x).mean()
+    assert names["log_prob"].mean() > alone  # eight fitted components explain the points better than the truth
+    assert names["clean"].shape == (64, 16) and names["clean"].isfinite().all()
+
+
 def test_every_block_is_python():
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 5

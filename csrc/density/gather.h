@@ -88,6 +88,17 @@ DGM_NOINLINE void take_powers(float* scores, int64_t count, const float* now, fl
   }
 }
 
+// Log-probabilities of a panel's points in the units of their scores: by factors of float64, for those of float32 are
+// off by the same 1e-8 of it at every point.
+constexpr double kLn2Wide = 0.693147180559945309417, kLog2EWide = 1.44269504088896340736;
+
+DGM_INLINE void read_lse(const float* from, int64_t first, int64_t count, const float* missing, float* to) {
+  for (int64_t n = 0; n < kPanel; ++n) {
+    const double lse = n < count ? static_cast<double>(from[first + n]) : 0.0;
+    to[n] = static_cast<float>(lse * kLog2EWide - static_cast<double>(missing[n]));
+  }
+}
+
 // The parts of a panel joined: the greatest of all, what each part counts, and the logarithm of the sum of all.
 struct Joined {
   alignas(64) float most[kPanel], total[kPanel], lse[kPanel];
@@ -101,8 +112,11 @@ struct Joined {
       for (int64_t part = 0; part < parts; ++part)
         sum += load(sums + part * stride + at) * factor(mosts + part * stride, half);
       store(total + at, sum);
-      const F32 log = (greatest + load(missing + at)) * kLn2 + logarithm(sum == 0.0f ? broadcast_float(1.0f) : sum);
-      store(lse + at, sum == 0.0f ? broadcast_float(kMinusInfinity) : log);
+      store(lse + at, logarithm(sum == 0.0f ? broadcast_float(1.0f) : sum));
+    }
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const double scale = static_cast<double>(most[n]) + static_cast<double>(missing[n]);
+      lse[n] = total[n] == 0.0f ? kMinusInfinity : static_cast<float>(scale * kLn2Wide + static_cast<double>(lse[n]));
     }
   }
 
@@ -161,11 +175,10 @@ class LogProb {
       for (int64_t p = 0; p < u.panels; ++p) {
         scorer_.scores(panel(p), block_, count, scores_, nullptr);
         const int64_t point = u.point(p), points = points_of_panel(a_.mixture, point);
-        F32 shift[2], totals[2] = {};
+        F32 totals[2] = {};
         alignas(64) float lse[kPanel];
-        read_points(a_.lse, point, points, 0.0f, lse);
-        for (int half = 0; half < 2; ++half)
-          shift[half] = load(lse + half * kWidth) * kLog2E - load(a_.missing + point + half * kWidth);
+        read_lse(a_.lse, point, points, a_.missing + point, lse);
+        const F32 shift[2] = {load(lse), load(lse + kWidth)};
         each_score(scores_, count, totals,
                    [&](F32 s, int64_t, int half) { return power_of_two_below_one(s - shift[half]); });
         for (int64_t n = 0; n < points; ++n)
@@ -280,9 +293,7 @@ class Gathering {
     }
     if constexpr (kKnown) {
       std::memset(a_.most + at, 0, kPanel * sizeof(float));
-      alignas(64) float lse[kPanel];
-      read_points(a_.lse, first, count, 0.0f, lse);
-      for (int64_t n = 0; n < kPanel; ++n) shift[n] = lse[n] * kLog2E - shift[n];
+      read_lse(a_.lse, first, count, shift, shift);
       read_points(a_.weight, first, count, 0.0f, weight);
     }
     if constexpr (kOfMean) {

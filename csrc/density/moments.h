@@ -113,8 +113,7 @@ class Moments {
     copy_rows(a_.mixture.x, a_.mixture.middle, features_, point, points, kPanel, a_.row, rows_);
     alignas(64) float missing[kPanel], weight[kPanel], shift[kPanel];
     scorer_.missing(panel_, missing);
-    read_points(a_.lse, point, points, 0.0f, shift);
-    for (int64_t n = 0; n < kPanel; ++n) shift[n] = shift[n] * kLog2E - missing[n];
+    read_lse(a_.lse, point, points, missing, shift);
     read_points(a_.weight, point, points, 0.0f, weight);
     if constexpr (kTriangles) {
       for (int64_t m = 0; m < count; ++m) triangle(at + m, m, shift, weight);

@@ -34,6 +34,7 @@ struct SampleArgs {
   NoiseArgs noise;
   RowsIn mu, log_var, prior_mu_rows, prior_log_var_rows;
   bool log_normal = false;
+  bool stream = false;     // results go past the caches
   bool standard = true;    // the prior is N(0, 1)
   float free_bits = 0.0f;  // nats that an element counts for at least, or minus infinity
   float prior_mu = 0.0f, precision = 1.0f;
@@ -52,6 +53,7 @@ struct ImportanceArgs {
   NoiseArgs noise;
   int64_t draws = 0;
   bool log_normal = false;
+  bool stream = false;  // z goes past the caches
   RowsIn mu, log_var;
   RowsOut z;
   double* partials = nullptr;  // [draws, batch, parts]

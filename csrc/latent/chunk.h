@@ -26,6 +26,18 @@ DGM_INLINE void store_pack(float* to, V x) {
   for (int i = 0; i < kLockstep; ++i) store(to + i * kWidth, x.v[i]);
 }
 
+// Past the caches, if `stream` and the place allow it: a result that they would not hold costs a reading, too.
+DGM_INLINE void store_pack(float* to, V x, [[maybe_unused]] bool stream) {
+#if defined(__AVX512F__)
+  if (stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    DGM_UNROLL
+    for (int i = 0; i < kLockstep; ++i) _mm512_stream_ps(to + i * kWidth, reinterpret_cast<__m512>(x.v[i]));
+    return;
+  }
+#endif
+  store_pack(to, x);
+}
+
 // Elements [first, first + count) of each of `rows` samples. In a run they lie at a distance of `stride`, a multiple of
 // four, as the noise does: a counter makes four numbers of one sample.
 struct Chunk {
@@ -145,7 +157,7 @@ class Noise {
   Noise(const NoiseArgs& noise, const Shape& shape, const Chunk& c)
       : noise_(noise), shape_(shape), chunk_(c), stream_(noise, shape.batch, c.row, c.first, c.count) {}
 
-  // Meanwhile memory is asked for what will be read and written: `more` are runs of this chunk.
+  // Meanwhile memory is asked for what will be read, or written by way of the caches: `more` are runs of this chunk.
   template <class... Pointers>
   const float* read(int64_t step, Pointers... more) {
     if (!noise_.drawn) {

@@ -20,7 +20,7 @@ void sample(const SampleArgs& a, int64_t begin, int64_t end) {
     r.z = z.open(a.z, c);
     r.terms = terms;
     Noise noise(a.noise, a.shape, c);
-    r.eps = noise.read(0, r.mu, r.log_var, r.z);
+    r.eps = a.stream ? noise.read(0, r.mu, r.log_var) : noise.read(0, r.mu, r.log_var, r.z);
     with_flag(a.log_normal, [&](auto log_normal) {
       with_flag(a.standard, [&](auto standard) { sample_run<log_normal(), standard()>(a, c, r); });
     });
@@ -42,7 +42,8 @@ void sample_backward(const SampleArgs& a, int64_t begin, int64_t end) {
     r.grad_mu = grad_mu.open(a.grad_mu, c);
     r.grad_log_var = grad_log_var.open(a.grad_log_var, c);
     Noise noise(a.noise, a.shape, c);
-    r.eps = noise.read(0, r.mu, r.log_var, r.grad, r.grad_mu, r.grad_log_var);
+    r.eps = a.stream ? noise.read(0, r.mu, r.log_var, r.grad)
+                     : noise.read(0, r.mu, r.log_var, r.grad, r.grad_mu, r.grad_log_var);
     with_flag(a.log_normal, [&](auto log_normal) {
       with_flag(a.standard, [&](auto standard) {
         with_flag(a.free_bits > 0.0f,
@@ -109,8 +110,8 @@ void importance(const ImportanceArgs& a, int64_t begin, int64_t end) {
     Chunk there = c;
     for (int64_t draw = 0; draw < a.draws; ++draw, there.row += a.shape.batch) {
       r.z = z.open(a.z, there);
-      r.eps = noise.read(draw, r.z);
-      with_flag(a.log_normal, [&](auto log_normal) { importance_run<log_normal()>(c, r); });
+      r.eps = a.stream ? noise.read(draw) : noise.read(draw, r.z);
+      with_flag(a.log_normal, [&](auto log_normal) { importance_run<log_normal()>(a.stream, c, r); });
       z.close();
       store_sums(terms, there, a.shape, a.partials);
     }

@@ -17,6 +17,7 @@ namespace dgm::latent {
 namespace {
 
 // Elements that are worth a thread: waking one costs some microseconds.
+constexpr int64_t kStreamElements = 1 << 19;  // results that the second-level caches do not hold go past them
 constexpr int64_t kGrainElements = 16384;
 
 #define DGM_KEY_ARGUMENTS noise, seed_tensor, seed, key_step_tensor, key_step, samples, first_sample, stream
@@ -111,6 +112,7 @@ SampleArgs sample_args(const at::Tensor& mu, const at::Tensor& log_var, DGM_KEY_
   args.mu = samples_in("mu", mu, args.shape.batch, args.shape.elements);
   args.log_var = samples_in("log_var", log_var, args.shape.batch, args.shape.elements);
   args.log_normal = log_normal;
+  args.stream = mu.numel() >= kStreamElements;
   args.free_bits = least_kl(free_bits);
   args.standard = prior_mu == 0.0 && prior_log_var == 0.0;
   args.prior_mu = static_cast<float>(prior_mu);
@@ -210,6 +212,7 @@ ImportanceArgs importance_args(const at::Tensor& mu, const at::Tensor& log_var, 
   args.shape = shape_of(mu);
   args.noise = key_args(DGM_KEY_ARGUMENTS, mu, draws);
   args.draws = draws;
+  args.stream = draws * mu.numel() >= kStreamElements;
   args.log_normal = log_normal;
   args.mu = samples_in("mu", mu, args.shape.batch, args.shape.elements);
   args.log_var = samples_in("log_var", log_var, args.shape.batch, args.shape.elements);

@@ -37,7 +37,7 @@ DGM_NOINLINE void sample_run(const SampleArgs a, const Chunk c, const SampleRuns
     const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i);
     const Scale<V> scale = scale_of(log_var);
     const V u = scale.sigma * load_pack(r.eps + i) + mu;
-    store_pack(r.z + i, kLogNormal ? exponential(u) : u);
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u, a.stream);
     const V d = kStandard ? mu : mu - a.prior_mu;
     const V term = twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var);
     store_pack(r.terms + i, at_least(term, 2.0f * a.free_bits));
@@ -54,8 +54,9 @@ DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Chunk c, const S
     if constexpr (kLogNormal) g = g * exponential(moved + mu);
     if constexpr (kBounded)
       k = unless_below(twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var), 2.0f * a.free_bits, k);
-    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g);
-    store_pack(r.grad_log_var + i, (g * moved + k * slope<kStandard>(a, scale.variance_less_one)) * 0.5f);
+    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g, a.stream);
+    const V to_log_var = (g * moved + k * slope<kStandard>(a, scale.variance_less_one)) * 0.5f;
+    store_pack(r.grad_log_var + i, to_log_var, a.stream);
   });
 }
 
@@ -101,10 +102,10 @@ struct ImportanceRuns {
 };
 
 template <bool kLogNormal>
-DGM_NOINLINE void importance_run(const Chunk c, const ImportanceRuns r) {
+DGM_NOINLINE void importance_run(const bool stream, const Chunk c, const ImportanceRuns r) {
   for_each_pack(c, [&](int64_t i) DGM_FLAT {
     const V eps = load_pack(r.eps + i), u = load_pack(r.sigma + i) * eps + load_pack(r.mu + i);
-    store_pack(r.z + i, kLogNormal ? exponential(u) : u);
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u, stream);
     store_pack(r.terms + i, twice_log_ratio(eps, load_pack(r.log_var + i), u));
   });
 }

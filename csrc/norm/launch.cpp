@@ -17,7 +17,8 @@ constexpr int64_t kGrainElements = 16384;  // that are worth a thread: waking on
 
 // A result of this size is not found in the second cache when it is read again; stored past the caches, its lines need
 // not be read from memory first (measured: a third of the time of a modulated layer norm).
-bool is_large(const at::Tensor& x) { return x.numel() >= kLargeElements; }
+// Whether results like x go past the caches. Those in 16 bits are converted from a buffer, which must stay in them.
+bool is_large(const at::Tensor& x) { return x.numel() >= kLargeElements && x.scalar_type() == at::kFloat; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty(sizes, at::TensorOptions(dtype)); }
 
@@ -114,6 +115,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rows(
   args.scale = sample_rows("scale", scale, args.batch, size);
   args.shift = sample_rows("shift", shift, args.batch, size);
   const int64_t count = x.numel() / size;
+  args.stream = args.stream && dtype == at::kFloat;
   at::Tensor y = empty(x.sizes(), dtype), rstd = empty({count}, at::kFloat);
   at::Tensor mean = empty({rms ? 0 : count}, at::kFloat);
   at::Tensor h = present(residual) ? empty(x.sizes(), h_dtype) : empty({0}, h_dtype);
@@ -203,6 +205,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_silu(const at::Tensor& x, c
                                                           at::ScalarType dtype) {
   GroupArgs args = group_args(x, weight, bias, scale, shift, groups);
   args.eps = static_cast<float>(eps);
+  args.stream = args.stream && dtype == at::kFloat;
   at::Tensor y = empty(x.sizes(), dtype);
   at::Tensor mean = empty({args.batch * groups}, at::kFloat), rstd = empty({args.batch * groups}, at::kFloat);
   args.y = output_of("y", y);

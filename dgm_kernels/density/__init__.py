@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -292,7 +293,11 @@ def _kernel(
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise ValueError(f"degree must be an int of at least 1, got {degree!r}")
     for name, value in (("gamma", gamma), ("coef0", coef0)):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        if value is None and name == "gamma":
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     return op.KINDS.index(kernel), [1.0 / dimensions if gamma is None else float(gamma), float(coef0), float(degree)]
 
