@@ -60,6 +60,8 @@ TORCH_LIBRARY_IMPL(dgm, CPU, m) {
   m.impl("coupling_spline_backward.cpp", TORCH_FN(dgm::coupling::spline_backward));
   m.impl("coupling_log_prob.cpp", TORCH_FN(dgm::coupling::log_prob));
   m.impl("coupling_made_inverse.cpp", TORCH_FN(dgm::coupling::made_inverse));
+  m.impl("latent_bound.cpp", TORCH_FN(dgm::latent::bound));
+  m.impl("latent_bound_backward.cpp", TORCH_FN(dgm::latent::bound_backward));
   m.impl("latent_importance.cpp", TORCH_FN(dgm::latent::importance));
   m.impl("latent_importance_backward.cpp", TORCH_FN(dgm::latent::importance_backward));
   m.impl("latent_kl.cpp", TORCH_FN(dgm::latent::kl));

@@ -62,6 +62,16 @@ struct ImportanceArgs {
   RowsOut grad_mu, grad_log_var;
 };
 
+// The bound of [draws, samples] log-weights.
+struct BoundArgs {
+  int64_t draws = 0, samples = 0;
+  float log_draws = 0.0f;
+  const float* log_weights = nullptr;
+  float* bound = nullptr;
+  const float* grad = nullptr;  // backward
+  float* to_log_weights = nullptr;
+};
+
 // Full covariance: `factor` holds [features, features] a sample.
 struct TrilArgs {
   Shape shape;

@@ -1,6 +1,7 @@
 // CPU loops of the latent op; built once per instruction set, without torch headers.
 #include "latent/cpu.h"
 
+#include "latent/bound.h"
 #include "latent/quantize.h"
 #include "latent/sample.h"
 #include "latent/tril.h"
@@ -147,6 +148,14 @@ void importance_backward(const ImportanceArgs& a, int64_t begin, int64_t end) {
     grad_mu.close();
     grad_log_var.close();
   }
+}
+
+void bound(const BoundArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kWidth) bound_samples(a, i, end - i);
+}
+
+void bound_backward(const BoundArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kWidth) bound_samples_backward(a, i, end - i);
 }
 
 void tril(const TrilArgs& a, int64_t begin, int64_t end) {

@@ -14,6 +14,8 @@ DGM_DECLARE_PER_ISA(                                                            
     void kl_backward(const SampleArgs& args, int64_t begin, int64_t end);              //
     void importance(const ImportanceArgs& args, int64_t begin, int64_t end);           //
     void importance_backward(const ImportanceArgs& args, int64_t begin, int64_t end);  //
+    void bound(const BoundArgs& args, int64_t begin, int64_t end);                     //
+    void bound_backward(const BoundArgs& args, int64_t begin, int64_t end);            //
     void tril(const TrilArgs& args, int64_t begin, int64_t end);                       //
     void tril_backward(const TrilArgs& args, int64_t begin, int64_t end);              //
     void pack_codes(const QuantizeArgs& args, float* mean, float* packed);             //

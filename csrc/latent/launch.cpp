@@ -256,6 +256,54 @@ Pair importance_backward(const OptionalTensor& grad, const OptionalTensor& grad_
   return {std::move(to_mu), std::move(to_log_var)};
 }
 
+// ---- The bound that importance samples make
+
+namespace {
+
+const float* checked(const char* name, const at::Tensor& x, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == sizes, name,
+                    " must be contiguous float32 ", sizes, " on the CPU, got ", x.scalar_type(), " ", x.sizes());
+  return x.const_data_ptr<float>();
+}
+
+BoundArgs bound_args(const at::Tensor& log_weights) {
+  TORCH_CHECK_VALUE(log_weights.dim() == 2 && log_weights.size(0) > 0,
+                    "log_weights must be [draws, samples] with at least one draw, got ", log_weights.sizes());
+  BoundArgs args;
+  args.draws = log_weights.size(0), args.samples = log_weights.size(1);
+  args.log_draws = static_cast<float>(std::log(static_cast<double>(args.draws)));
+  args.log_weights = checked("log_weights", log_weights, log_weights.sizes());
+  return args;
+}
+
+template <class Kernel>
+void over_samples(Kernel kernel, const BoundArgs& args) {
+  const int64_t grain = std::max<int64_t>(kGrainElements / args.draws / 64 * 64, 64);  // whole vectors
+  at::parallel_for(0, (args.samples + grain - 1) / grain, 1, [&](int64_t begin, int64_t end) {
+    kernel(args, begin * grain, std::min(end * grain, args.samples));
+  });
+}
+
+}  // namespace
+
+at::Tensor bound(const at::Tensor& log_weights) {
+  BoundArgs args = bound_args(log_weights);
+  at::Tensor out = empty({args.samples}, at::kFloat);
+  args.bound = out.mutable_data_ptr<float>();
+  over_samples(DGM_PICK_ISA(bound), args);
+  return out;
+}
+
+at::Tensor bound_backward(const at::Tensor& grad, const at::Tensor& log_weights, const at::Tensor& bound) {
+  BoundArgs args = bound_args(log_weights);
+  args.grad = checked("grad", grad, {args.samples});
+  args.bound = const_cast<float*>(checked("bound", bound, {args.samples}));
+  at::Tensor to_log_weights = empty(log_weights.sizes(), at::kFloat);
+  args.to_log_weights = to_log_weights.mutable_data_ptr<float>();
+  over_samples(DGM_PICK_ISA(bound_backward), args);
+  return to_log_weights;
+}
+
 // ---- Full covariance
 
 namespace {

@@ -32,6 +32,8 @@ Pair importance(const at::Tensor& mu, const at::Tensor& log_var, DGM_KEY_PARAMET
                 at::ScalarType dtype);
 Pair importance_backward(const OptionalTensor& grad, const OptionalTensor& grad_ratio, const at::Tensor& mu,
                          const at::Tensor& log_var, DGM_KEY_PARAMETERS, int64_t draws, bool log_normal);
+at::Tensor bound(const at::Tensor& log_weights);
+at::Tensor bound_backward(const at::Tensor& grad, const at::Tensor& log_weights, const at::Tensor& bound);
 Four quantize(const at::Tensor& x, const at::Tensor& codebook, at::ScalarType dtype);
 Pair quantize_backward(const OptionalTensor& grad, const at::Tensor& grad_losses, const at::Tensor& x,
                        const at::Tensor& codebook, const at::Tensor& indices);

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -233,7 +231,10 @@ def importance_bound(log_weights: Tensor) -> Tensor:
     if log_weights.shape[0] == 0:
         raise ValueError(f"log_weights must hold at least one draw, got shape {tuple(log_weights.shape)}")
     weights = log_weights.to(reference.work_dtype(log_weights))
-    return torch.logsumexp(weights, 0) - math.log(weights.shape[0])
+    if not weights.is_cpu or (backend := select(weights.device, (weights,), natives=("cpp",))) == "reference":
+        return reference.importance_bound(weights)
+    flat = weights.reshape(weights.shape[0], -1).contiguous()
+    return ops.call(op.bound[backend], _needs_grad(weights), flat).view(weights.shape[1:])
 
 
 def _sample(

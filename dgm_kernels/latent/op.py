@@ -237,6 +237,42 @@ importance_backward = ops.define(
 )
 
 
+# ---- The bound of importance samples; on GPUs plain PyTorch. Saves the log-weights and the bound.
+
+
+def _bound_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _bound_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """The normalised weights, times the gradient."""
+    log_weights, found = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        formula = lambda w: (reference.importance_bound(w),)  # noqa: E731
+        (to_log_weights,) = ops.differentiable_vjp(formula, (log_weights,), (grad,))
+        assert to_log_weights is not None
+        return to_log_weights
+    return bound_backward[ctx.backend](grad.contiguous(), log_weights, found)
+
+
+bound = ops.define(
+    "latent_bound",
+    "(Tensor log_weights) -> Tensor",
+    lambda log_weights: log_weights.new_empty(log_weights.shape[1:]),
+    _TRITON,
+    _bound_context,
+    _bound_backward,
+    backends=("cpp",),
+)
+bound_backward = ops.define(
+    "latent_bound_backward",
+    "(Tensor grad, Tensor log_weights, Tensor bound) -> Tensor",
+    lambda grad, log_weights, bound: log_weights.new_empty(log_weights.shape),
+    _TRITON,
+    backends=("cpp",),
+)
+
+
 # ---- Vector quantisation of rows. Saves x, the codebook and the indices.
 
 

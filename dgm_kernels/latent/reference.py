@@ -125,3 +125,8 @@ def quantize(x: Tensor, codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     # x - x, not chosen - x: adding that to x would round, and the codes are to be exact.
     passed = torch.where(torch.isfinite(rows.detach()), rows - rows.detach(), rows)
     return (chosen.detach() + passed).to(dtype), indices, counts, losses
+
+
+def importance_bound(log_weights: Tensor) -> Tensor:
+    """log mean exp over dimension 0."""
+    return torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])
