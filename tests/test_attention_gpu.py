@@ -6,7 +6,14 @@ from torch import Tensor
 
 import dgm_kernels as dgm
 from tests.attention_cases import CASES, SOME_CASES, AttentionCase, Size
-from tests.contract import assert_bitwise_repeatable, assert_parity, capture
+from tests.contract import (
+    assert_autocast_like,
+    assert_bitwise_repeatable,
+    assert_compiles,
+    assert_parity,
+    capture,
+    strided_variants,
+)
 
 pytestmark = pytest.mark.gpu
 SIZES = (Size(2, 4, 113, 203, 17), Size(1, 4, 70, 70, 72, 40), Size(1, 4, 256, 256, 64))
@@ -72,3 +79,45 @@ def test_the_derivative_along_a_direction():
     wide, directions = tuple(t.double() for t in (q, k, v)), tuple(t.double() for t in along)
     _, expected = torch.func.jvp(lambda *t: dgm.attention(*t, mask=dgm.masks.causal(-1)), wide, directions)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_any_strides_and_addresses():
+    q, k, v = (torch.randn(2, 3, 70, 40, device="cuda") for _ in range(3))
+    expected = dgm.attention(q, k, v, mask=dgm.masks.causal())
+    for variant in strided_variants(q):
+        actual = dgm.attention(variant, k, v, mask=dgm.masks.causal())
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_sizes():
+    for shape in ((0, 4, 16, 64), (2, 4, 0, 64)):
+        q = torch.randn(shape, device="cuda", requires_grad=True)
+        out = dgm.attention(q, q, q)
+        assert out.shape == q.shape and torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_compiles():
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dgm.attention(q, k, v, mask=dgm.masks.causal())
+
+    small, large = (
+        [torch.randn(2, 4, length, 64, device="cuda", requires_grad=True) for _ in range(3)] for length in (70, 130)
+    )
+    assert_compiles(causal, small, large)
+
+
+def test_autocast():
+    operands = [torch.randn(2, 4, 70, 64, device="cuda") for _ in range(3)]
+    eager = torch.nn.functional.scaled_dot_product_attention
+    assert_autocast_like(dgm.attention, eager, operands, device_type="cuda")
+
+
+def test_more_than_2_to_the_31_elements():
+    """The last heads of a batch of 2^31 elements and a few, against those heads alone."""
+    heads = (1 << 31) // (1024 * 64) + 2
+    if torch.cuda.mem_get_info()[0] < 10 * heads * 1024 * 64:
+        pytest.skip("needs 10 bytes an element of free memory")
+    q = torch.empty(1, heads, 1024, 64, dtype=torch.bfloat16, device="cuda").normal_()
+    k, v = (torch.randn(1, 1, 1024, 64, device="cuda").bfloat16() for _ in range(2))
+    out = dgm.attention(q, k, v, enable_gqa=True)
+    assert torch.equal(out[:, -2:], dgm.attention(q[:, -2:].contiguous(), k, v, enable_gqa=True))

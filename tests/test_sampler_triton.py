@@ -49,7 +49,7 @@ def compile_for_sm90(name: str) -> str:
 
 
 if INTERPRETED:
-    from dgm_kernels.sampler.triton import _philox
+    from dgm_kernels._core.triton_noise import philox
 
     @triton.jit
     def philox_once(out_ptr, counter_ptr, key_ptr):
@@ -59,7 +59,7 @@ if INTERPRETED:
         c3 = tl.load(counter_ptr + 3).to(tl.uint32)
         k0 = tl.load(key_ptr).to(tl.uint32)
         k1 = tl.load(key_ptr + 1).to(tl.uint32)
-        w0, w1, w2, w3 = _philox(c0, c1, c2, c3, k0, k1)
+        w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
         tl.store(out_ptr, w0.to(tl.int64))
         tl.store(out_ptr + 1, w1.to(tl.int64))
         tl.store(out_ptr + 2, w2.to(tl.int64))

@@ -7,26 +7,9 @@ namespace dgm::attention {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-// Memory for a thread, in pieces.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : next_(memory) {}
-  DGM_INLINE_METHOD float* take(int64_t count) {
-    float* piece = next_;
-    next_ += ceil_divide(count, 16) * 16;
-    return piece;
-  }
-  int64_t taken(const float* memory) const { return next_ - memory; }
-
- private:
-  float* next_;
-};
-
 // Unit `index` of `units` in an order that puts light and heavy ones of a causal mask side by side, so that threads,
 // each of which takes a range, have as much to do.
 DGM_INLINE int64_t folded(int64_t index, int64_t units) { return index % 2 ? units - 1 - index / 2 : index / 2; }
-
-DGM_INLINE int64_t whole_vectors(int64_t count) { return ceil_divide(count, kWidth) * kWidth; }
 
 DGM_INLINE const char* row_at(const Rows& x, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const char*>(x.data) + (batch * x.batch + head * x.head + row * x.row) * element_size(x.dtype);

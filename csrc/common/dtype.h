@@ -18,6 +18,19 @@ struct Output {
   DType dtype = DType::Float32;
 };
 
+// Rows of contiguous elements at a distance of `stride` elements; `data` is null where an optional one is absent.
+struct RowsIn {
+  const void* data = nullptr;
+  DType dtype = DType::Float32;
+  int64_t stride = 0;
+};
+
+struct RowsOut {
+  void* data = nullptr;
+  DType dtype = DType::Float32;
+  int64_t stride = 0;
+};
+
 // Where noise comes from: a tensor, or a key (the noise contract of docs/design.md), or nowhere.
 struct NoiseArgs {
   Operand given;

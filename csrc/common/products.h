@@ -13,6 +13,23 @@ constexpr int64_t kBlockKeys = kTilesTogether * kTile;
 
 DGM_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+DGM_INLINE int64_t whole_vectors(int64_t count) { return ceil_divide(count, kWidth) * kWidth; }
+
+// A thread's memory in pieces.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : next_(memory) {}
+  DGM_INLINE_METHOD float* take(int64_t count) {
+    float* piece = next_;
+    next_ += ceil_divide(count, 16) * 16;
+    return piece;
+  }
+  int64_t taken(const float* memory) const { return next_ - memory; }
+
+ private:
+  float* next_;
+};
+
 // One lane is one float.
 struct Single {
   static constexpr bool kPairs = false;

@@ -11,19 +11,6 @@ enum class Activation : int32_t { Relu, Tanh, Elu, Silu };
 constexpr int kMaxBins = 64;             // of a spline: its parameters are held on the stack
 constexpr int64_t kPartElements = 4096;  // a sample is worked on, and its log-determinant added up, in parts
 
-// Rows of contiguous elements at a distance of `stride` elements; `data` is null where an optional one is absent.
-struct RowsIn {
-  const void* data = nullptr;
-  DType dtype = DType::Float32;
-  int64_t stride = 0;
-};
-
-struct RowsOut {
-  void* data = nullptr;
-  DType dtype = DType::Float32;
-  int64_t stride = 0;
-};
-
 // Which elements of a sample are transformed: those of [start, stop) whose entry in `fixed` is 0. Element e of sample b
 // has the entry b * fixed_stride + e % fixed_period.
 struct Region {

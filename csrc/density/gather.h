@@ -7,21 +7,6 @@ namespace dgm::density {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
-// A thread's memory in pieces.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : next_(memory) {}
-  DGM_INLINE_METHOD float* take(int64_t count) {
-    float* piece = next_;
-    next_ += ceil_divide(count, 16) * 16;
-    return piece;
-  }
-  int64_t taken(const float* memory) const { return next_ - memory; }
-
- private:
-  float* next_;
-};
-
 // What a unit covers.
 struct Unit {
   int64_t part, first_panel, panels, begin, end;

@@ -13,8 +13,6 @@ namespace {
 
 constexpr float kRootHalfLog2E = 0.849321800288019042722f;  // sqrt(log2(e) / 2)
 
-DGM_INLINE int64_t whole_vectors(int64_t count) { return ceil_divide(count, kWidth) * kWidth; }
-
 // A natural logarithm.
 DGM_INLINE float in_units_of_log2(float x) { return x * kLog2E; }
 

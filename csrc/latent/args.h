@@ -10,19 +10,6 @@ constexpr int64_t kCodeRows = 168;  // rows that a unit quantises: a multiple of
 
 constexpr int64_t kCodeFeatures = 32;  // features of a codebook's gradient that a unit adds up
 
-// Samples of contiguous elements at a distance of `stride` elements; `data` is null where an optional one is absent.
-struct RowsIn {
-  const void* data = nullptr;
-  DType dtype = DType::Float32;
-  int64_t stride = 0;
-};
-
-struct RowsOut {
-  void* data = nullptr;
-  DType dtype = DType::Float32;
-  int64_t stride = 0;
-};
-
 // A unit of work is several samples, or a part of a long one; see chunk.h.
 struct Shape {
   int64_t batch = 0, elements = 0, parts = 1;

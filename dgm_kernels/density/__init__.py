@@ -246,9 +246,11 @@ def mmd(
     if check_points("x", x, least=least).dim() != 2:
         raise ValueError(f"x must have shape [N, D], got {tuple(x.shape)}")
     check_points("y", y, x, least=least)
-    kind, values = _kernel(kernel, bandwidth, degree, gamma, coef0, x.shape[1])
+    kind, values = _kernel(kernel, bandwidth, degree, 1.0 if gamma is None else gamma, coef0)
     wide = _wide(x, y)
     x, y = x.to(wide), y.to(wide)
+    if kernel == "polynomial" and gamma is None:  # not as a number of the op, which compiled code would be made for
+        x, y = x * x.shape[1] ** -0.5, y * x.shape[1] ** -0.5
     n, m = x.shape[0], y.shape[0]
     within_x = _kernel_sum(x, x, kind, values, unbiased) / (n * (n - unbiased))
     within_y = _kernel_sum(y, y, kind, values, unbiased) / (m * (m - unbiased))
@@ -283,7 +285,7 @@ def _predict(prediction: str, x: Tensor, mean: Tensor, alpha: Tensor, sigma: Ten
 
 
 def _kernel(
-    kernel: str, bandwidth: float | Sequence[float], degree: int, gamma: float | None, coef0: float, dimensions: int
+    kernel: str, bandwidth: float | Sequence[float], degree: int, gamma: float, coef0: float
 ) -> tuple[int, list[float]]:
     """The kernel as the op takes it."""
     if kernel not in op.KINDS:
@@ -293,13 +295,11 @@ def _kernel(
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise ValueError(f"degree must be an int of at least 1, got {degree!r}")
     for name, value in (("gamma", gamma), ("coef0", coef0)):
-        if value is None and name == "gamma":
-            continue
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return op.KINDS.index(kernel), [1.0 / dimensions if gamma is None else float(gamma), float(coef0), float(degree)]
+    return op.KINDS.index(kernel), [float(gamma), float(coef0), float(degree)]
 
 
 def _select(x: Tensor, mixture: Components) -> str:

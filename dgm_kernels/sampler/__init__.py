@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from .._core import layout, ops
 from .._core.backends import select
 from .._core.checks import check_batch, check_index, check_like, check_values
-from .._core.noise import NO_NOISE, NoiseKey, OpArgs
+from .._core.noise import NO_NOISE, NoiseKey, OpArgs, noise_args
 from . import op, reference, tables
-from .checks import check_guidance, check_history, check_known, check_out, check_training, noise_args, writable
+from .checks import check_guidance, check_history, check_known, check_out, check_training, writable
 from .schedule import Schedule
 from .table import SamplerTable, TrainingTable
 

@@ -9,32 +9,8 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_batch, check_device, check_index, check_like
-from .._core.noise import NO_NOISE, NoiseKey, OpArgs
+from .._core.noise import NoiseKey, OpArgs, noise_args
 from .table import SamplerTable, TrainingTable
-
-
-def noise_args(noise: NoiseKey | Tensor | None, x: Tensor) -> OpArgs:
-    """Noise as the arguments of an op; None draws a seed."""
-    if isinstance(noise, Tensor):
-        check_like("noise", noise, x, "x")
-        return (noise, *NO_NOISE[1:])
-    if noise is None:
-        noise = NoiseKey.draw(device=x.device)
-    elif not isinstance(noise, NoiseKey):
-        raise TypeError(f"noise must be a NoiseKey or a tensor, got {type(noise).__name__}")
-    args = noise.op_args()
-    for name, value, per_row in (("seed", args[1], False), ("step", args[3], True), ("samples", args[5], True)):
-        if value is None:
-            continue
-        check_device(f"noise.{name}", value, x, "x")
-        if per_row and value.shape != x.shape[:1] and (name == "samples" or value.numel() != 1):
-            raise ValueError(f"noise.{name} must have {x.shape[0]} entries, got shape {tuple(value.shape)}")
-    return (*args[:3], contiguous(args[3]), args[4], contiguous(args[5]), *args[6:])
-
-
-def contiguous(value: Tensor | None) -> Tensor | None:
-    """Index tensors are small: a copy costs nothing."""
-    return None if value is None else value.contiguous()
 
 
 def check_guidance(guidance: tuple[Tensor, float] | None, x: Tensor) -> tuple[Tensor | None, float]:
