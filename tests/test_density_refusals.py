@@ -42,7 +42,7 @@ def of_points(name: str, call: Callable[[Any], Any], good: Tensor, matrix: bool)
             f"{name} device": (
                 lambda: call(good.to("meta")),
                 ValueError,
-                f"^{name} must be on the device of x, cpu, got meta",
+                f"^{name} must be on the device of x(_t)?, cpu, got meta",
             ),
         }
     return calls

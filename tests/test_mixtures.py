@@ -11,7 +11,7 @@ import sklearn.neighbors
 import torch
 from torch import Tensor
 
-from dgm_kernels import NoiseKey, noise_like
+from dgm_kernels import NoiseKey, mixture_log_prob, noise_like
 from dgm_models import create_model
 from dgm_models.data import digits
 from dgm_models.mixtures import (
@@ -476,3 +476,18 @@ def test_the_loss_of_a_mixture_has_gradients() -> None:
             optimizer.step()
         assert float(model.loss(x).detach()) < before - 0.05
         assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in model.parameters())
+
+
+def test_kmeans_finds_clusters_far_from_zero():
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]) + 1e4
+    x = centres.repeat(200, 1) + 0.25 * torch.randn(600, 2)
+    means, nearest = kmeans(x, 3, NoiseKey(0))
+    assert torch.bincount(nearest).tolist() == [200, 200, 200]
+    assert float((means[:, None] - centres).norm(dim=-1).min(1).values.max()) < 0.1
+
+
+def test_B3_the_bound_of_a_component_without_weight():
+    x, ours = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    mixture = Mixture(torch.tensor([1.0, 0.0]), torch.zeros(2, 2), torch.ones(2))
+    expected = mixture_log_prob(x, mixture.means[:1], scale=torch.ones(1))
+    torch.testing.assert_close(lower_bound(x, ours, mixture), expected)

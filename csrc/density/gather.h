@@ -431,8 +431,8 @@ class Gathering {
       const bool diagonal = a_.width == 2 * features_;  // A^T A y and, behind it, A^T A
       if (diagonal) add_parts(partials + (features_ + d) * kPanel, stride, joined, index, other);
       for (int64_t n = 0; n < count; ++n) {
-        const float x = a_.mixture.x[(first + n) * features_ + d];
-        const float off = diagonal ? (x - middle[d]) * other[n] : kSubtracts ? x * total[n] : 0.0f;
+        const float x = a_.mixture.x[(first + n) * features_ + d] - middle[d];
+        const float off = diagonal ? x * other[n] : kSubtracts ? x * total[n] : 0.0f;
         a_.out[(first + n) * features_ + d] = scale[n] * (sum[n] - off);
       }
     }

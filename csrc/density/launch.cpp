@@ -149,6 +149,9 @@ int64_t unit_work(const Mixture& a, const Plan& plan, int64_t width) {
   return panel_work(a, width) * plan.panels / plan.parts;
 }
 
+// The components about the middle: differences of their sums from a point keep their digits wherever the data lie.
+at::Tensor centred(const Held& held, const at::Tensor& y) { return y - held.middle.slice(0, 0, y.size(1)); }
+
 const Mixture& mixture_of(const Held& held) { return held.mixture; }
 
 }  // namespace
@@ -248,13 +251,15 @@ at::Tensor grad_x(const at::Tensor& grad, const at::Tensor& lse, DGM_MIXTURE_PAR
   GatherArgs args;
   args.gather = Gather::Gradient;
   args.mixture = mixture_of(held);
-  at::Tensor out = floats(x.sizes()), rows = y;
+  at::Tensor out = floats(x.sizes()), rows;
   if (args.mixture.form == Form::Diagonals) {
     const at::Tensor factor = inv.square();
-    const std::vector<at::Tensor> halves{factor * (y - held.middle.slice(0, 0, y.size(1))), factor};
+    const std::vector<at::Tensor> halves{factor * centred(held, y), factor};
     rows = at::cat(halves, 1);
   } else if (args.mixture.form == Form::Triangles) {
     rows = held.inv;
+  } else {
+    rows = centred(held, y);
   }
   args.width = rows.dim() == 3 ? args.mixture.features : rows.size(1);
   args.rows = rows.const_data_ptr<float>();
@@ -287,7 +292,8 @@ at::Tensor mean_grad(const at::Tensor& grad, const OptionalTensor& grad_lse, con
   args.gather = Gather::MeanGradient;
   args.mixture = mixture_of(held);
   at::Tensor out = floats(x.sizes());
-  args.width = args.mixture.features, args.rows = args.mixture.y;
+  const at::Tensor rows = centred(held, y);
+  args.width = args.mixture.features, args.rows = rows.const_data_ptr<float>();
   args.grad = checked("grad", grad, x.sizes()), args.lse = checked("lse", lse, {x.size(0)});
   checked("mean", mean, x.sizes());
   // The kernel multiplies with components about the middle.
@@ -315,6 +321,8 @@ void run_kernel(GatherArgs& args, const at::Tensor& x, const at::Tensor& y, at::
   else
     held.mixture.form = Form::Dots, held.middle.zero_();
   args.mixture = held.mixture;
+  const at::Tensor rows = args.width ? centred(held, y) : at::Tensor();
+  if (args.width) args.rows = rows.const_data_ptr<float>();
   args.numbers = static_cast<int32_t>(numbers.size());
   for (size_t i = 0; i < numbers.size(); ++i) args.number[i] = static_cast<float>(numbers[i]);
   run_gather(args);
@@ -338,7 +346,7 @@ at::Tensor kernel_sum_grad(const at::Tensor& x, const at::Tensor& y, int64_t kin
   args.gather = kind == 0 ? Gather::RbfGradient : Gather::PolynomialGradient;
   args.same = same;
   at::Tensor out = floats(x.sizes());
-  args.width = x.size(1), args.rows = y.const_data_ptr<float>();
+  args.width = x.size(1);
   args.out = data(out);
   run_kernel(args, x, y, numbers, kind == 0);
   return out;

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._core import ops
 from .._core.autocast import full_precision
 from .._core.backends import is_differentiated, select
+from .._core.checks import values_known
 from . import op, reference
 from .checks import check_bandwidths, check_points, check_positive
 from .mixture import Components, components
@@ -147,7 +148,7 @@ def kde_log_prob(x: Tensor, data: Tensor, bandwidth: float | Tensor, *, weights:
     check_points("data", data, x, least=1)
     h = check_positive("bandwidth", bandwidth, x)
     scale = h.reshape(1) if isinstance(h, Tensor) else x.new_full((1,), h, dtype=_wide(x, data))
-    mixture = components(x, data, scale, None, None, weights, None)
+    mixture = components(x, data, scale, None, None, weights, None, scale_name="bandwidth")
     return (_log_prob(mixture.points(x), mixture)[0] + mixture.constant).view(x.shape[:-1])
 
 
@@ -190,16 +191,20 @@ def empirical_denoiser(
     check_points("x_t", x_t)
     if not isinstance(data, Tensor):
         raise TypeError(f"data must be a tensor, got {type(data).__name__}")
-    check_points("data", data, x_t, least=1)
+    check_points("data", data, x_t, least=1, like_name="x_t")
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(map(repr, PREDICTIONS))}, got {prediction!r}")
-    a = _per_point(check_positive("alpha", alpha, x_t, per_row=True, zero=True), x_t, data)
-    s = _per_point(check_positive("sigma", sigma, x_t, per_row=True), x_t, data)
+    a = _per_point(check_positive("alpha", alpha, x_t, per_row=True, zero=True, like_name="x_t"), x_t, data)
+    s = _per_point(check_positive("sigma", sigma, x_t, per_row=True, like_name="x_t"), x_t, data)
     mixture = components(x_t, data, x_t.new_ones(1, dtype=_wide(x_t, data)), None, None, weights, None)
     x = mixture.points(x_t)
     # s_nm = -q |x / alpha - data|^2 / 2 with q = (alpha / sigma)^2; where alpha is next to nothing, all data are alike.
     seen = a > _LEAST_ALPHA * s
     q = torch.where(seen, a / s, 0.0).square()
+    if values_known(q) and not bool(q.isfinite().all()):
+        raise ValueError(
+            f"sigma must be such that (alpha / sigma)^2 is a finite {q.dtype}, got {float(s.detach().min())}"
+        )
     mean, lse = _posterior_mean(torch.where(seen[:, None], x / torch.where(seen, a, 1.0)[:, None], 0.0), mixture, q)
     result = _predict(prediction, x, mean, a[:, None], s[:, None]).to(x_t.dtype).view(x_t.shape)
     if not return_log_prob:
@@ -230,7 +235,7 @@ def mmd(
         y: ``[M, D]``.
         kernel: ``"rbf"``, the mean over the bandwidths h of ``exp(-|x - y|^2 / (2 h^2))``; or ``"polynomial"``,
             ``(gamma x.y + coef0)^degree``.
-        bandwidth: h, one or several positive numbers; of the rbf kernel.
+        bandwidth: h, one or up to 32 positive numbers; of the rbf kernel.
         degree, gamma, coef0: of the polynomial kernel; degree from 1 on, gamma 1 / D unless given.
         unbiased: leave out the pairs of a point with itself, which needs two points in each sample.
 
@@ -246,8 +251,8 @@ def mmd(
     if check_points("x", x, least=least).dim() != 2:
         raise ValueError(f"x must have shape [N, D], got {tuple(x.shape)}")
     check_points("y", y, x, least=least)
-    kind, values = _kernel(kernel, bandwidth, degree, 1.0 if gamma is None else gamma, coef0)
     wide = _wide(x, y)
+    kind, values = _kernel(kernel, bandwidth, degree, 1.0 if gamma is None else gamma, coef0, wide)
     x, y = x.to(wide), y.to(wide)
     if kernel == "polynomial" and gamma is None:  # not as a number of the op, which compiled code would be made for
         x, y = x * x.shape[1] ** -0.5, y * x.shape[1] ** -0.5
@@ -285,13 +290,13 @@ def _predict(prediction: str, x: Tensor, mean: Tensor, alpha: Tensor, sigma: Ten
 
 
 def _kernel(
-    kernel: str, bandwidth: float | Sequence[float], degree: int, gamma: float, coef0: float
+    kernel: str, bandwidth: float | Sequence[float], degree: int, gamma: float, coef0: float, dtype: torch.dtype
 ) -> tuple[int, list[float]]:
     """The kernel as the op takes it."""
     if kernel not in op.KINDS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, op.KINDS))}, got {kernel!r}")
     if kernel == "rbf":
-        return op.KINDS.index(kernel), [0.5 / h**2 for h in check_bandwidths(bandwidth)]
+        return op.KINDS.index(kernel), [0.5 / h / h for h in check_bandwidths(bandwidth, dtype)]
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise ValueError(f"degree must be an int of at least 1, got {degree!r}")
     for name, value in (("gamma", gamma), ("coef0", coef0)):

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .._core.checks import check_device, check_float, values_known
 
+MOST_BANDWIDTHS = 32  # the kernels hold them in their arguments
 
-def check_points(name: str, value: object, like: Tensor | None = None, least: int = 0) -> Tensor:
+
+def check_points(name: str, value: object, like: Tensor | None = None, least: int = 0, like_name: str = "x") -> Tensor:
     """``value`` is a floating-point tensor ``[..., D]`` of ``least`` rows or more; of the D and device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -22,21 +24,25 @@ def check_points(name: str, value: object, like: Tensor | None = None, least: in
         raise ValueError(f"{name} must have shape [..., D] with at least one dimension D, got {tuple(value.shape)}")
     if like is not None:
         if value.dim() != 2 or value.shape[1] != like.shape[-1]:
-            raise ValueError(f"{name} must have shape [rows, {like.shape[-1]}] as x has it, got {tuple(value.shape)}")
-        check_device(name, value, like, "x")
+            raise ValueError(
+                f"{name} must have shape [rows, {like.shape[-1]}] as {like_name} has it, got {tuple(value.shape)}"
+            )
+        check_device(name, value, like, like_name)
     if least and math.prod(value.shape[:-1]) < least:
         raise ValueError(f"{name} must have at least {least} row{'s' * (least > 1)}, got shape {tuple(value.shape)}")
     return value
 
 
-def check_shape(name: str, value: object, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+def check_shape(
+    name: str, value: object, shapes: Sequence[tuple[int, ...]], like: Tensor, like_name: str = "x"
+) -> Tensor:
     """``value`` is a floating-point tensor of one of the shapes on the device of ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     check_float(name, value)
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
-    check_device(name, value, like, "x")
+    check_device(name, value, like, like_name)
     return value
 
 
@@ -78,13 +84,13 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_positive(
-    name: str, value: float | Tensor, like: Tensor, per_row: bool = False, zero: bool = False
+    name: str, value: float | Tensor, like: Tensor, per_row: bool = False, zero: bool = False, like_name: str = "x"
 ) -> float | Tensor:
     """``value`` is a positive finite number, or a tensor of them: without dimensions, or one a row of ``like``."""
     what = "a non-negative finite number" if zero else "a positive finite number"
     if isinstance(value, Tensor):
         shapes = [(), tuple(like.shape[:-1])] if per_row else [()]
-        check_shape(name, value, shapes, like)
+        check_shape(name, value, shapes, like, like_name)
         if values_known(value) and value.numel():
             least, most = (float(bound) for bound in value.detach().aminmax())
             if not (most < math.inf and (least > 0 or (zero and least == 0))):
@@ -112,14 +118,26 @@ def check_positive_definite(covariance: Tensor) -> Tensor:
     return factor
 
 
-def check_bandwidths(bandwidth: object) -> list[float]:
-    """One positive number or several."""
+def check_scale(name: str, scale: Tensor) -> None:
+    """The scales of a CPU tensor, a number a component, are positive, and 1 / scale^2 is a number of their dtype."""
+    check_all_positive(name, scale)
+    check_all_positive(
+        name, scale.reciprocal().square(), f"such that 1 / {name}^2 is positive and finite; 1 / {name}^2"
+    )
+
+
+def check_bandwidths(bandwidth: object, dtype: torch.dtype) -> list[float]:
+    """One positive number h or several, with ``1 / h^2`` in the range of the dtype."""
     values: list[Any] = list(bandwidth) if isinstance(bandwidth, (list, tuple)) else [bandwidth]
     if not values:
         raise ValueError("bandwidth must hold at least one number")
+    if len(values) > MOST_BANDWIDTHS:
+        raise ValueError(f"bandwidth must hold at most {MOST_BANDWIDTHS} numbers, got {len(values)}")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"bandwidth must be a number or a sequence of numbers, got {value!r}")
         if not 0 < float(value) < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {value!r}")
+        if 1.0 / float(value) / float(value) > torch.finfo(dtype).max:
+            raise ValueError(f"bandwidth must be such that 1 / bandwidth^2 is a {dtype}, got {value!r}")
     return [float(value) for value in values]

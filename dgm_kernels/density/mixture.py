@@ -13,6 +13,7 @@ from .checks import (
     check_one_of,
     check_points,
     check_positive_definite,
+    check_scale,
     check_shape,
     check_weights,
 )
@@ -44,6 +45,7 @@ def components(
     covariance: Tensor | None,
     weights: Tensor | None,
     logits: Tensor | None,
+    scale_name: str = "scale",
 ) -> Components:
     """Checks the arguments of a mixture."""
     check_points("means", means, x, least=1)
@@ -56,7 +58,7 @@ def components(
     check_shape(given, spread, shapes, x)
     tensors = [t for t in (x, means, spread, weights, logits) if isinstance(t, Tensor)]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    inv, logdet = _inverse(given, spread.to(wide))
+    inv, logdet = _inverse(given, spread.to(wide), scale_name)
     if inv.dim() == 1:
         logdet = d * logdet
     # What all components share; of different log-determinants one of them, without a gradient.
@@ -66,10 +68,13 @@ def components(
     return Components(means.to(wide).contiguous(), inv.contiguous(), offset.contiguous(), constant)
 
 
-def _inverse(given: str, spread: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse(given: str, spread: Tensor, scale_name: str) -> tuple[Tensor, Tensor]:
     """A, and the log-determinant of its inverse (of a spherical component, a D-th of it)."""
     if given == "scale":
-        check_all_positive("scale", spread)
+        if spread.dim() == 1:
+            check_scale(scale_name, spread)
+        else:
+            check_all_positive(scale_name, spread)
         log_scale = spread.log()
         return spread.reciprocal(), log_scale.sum(1) if spread.dim() == 2 else log_scale
     if given == "covariance":

@@ -7,10 +7,12 @@ all, or one a component), the diagonal of a matrix, or a lower triangular matrix
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .._core.backends import is_traced
 
@@ -29,13 +31,22 @@ def pieces(points: int, width: int) -> Iterator[slice]:
         yield slice(None)
 
 
+def _recomputed(function: Callable[..., Any], number: int, *args: Any) -> Any:
+    """Of several pieces the backward pass computes each again, so that none is kept."""
+    if number == 1 or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def _width(y: Tensor, inv: Tensor) -> int:
     return y.shape[0] * (y.shape[1] if inv.dim() == 3 else 1)
 
 
 def scores(x: Tensor, y: Tensor, inv: Tensor, q: Tensor | None, offset: Tensor) -> Tensor:
-    """``[points, components]``. Both are moved to the middle of the components: the products then lose fewer digits."""
-    middle = y.detach().mean(0) if y.shape[0] else torch.zeros_like(y[0:1].sum(0))
+    """``[points, components]``, in float64 within: of narrow components far apart float32 would lose all digits."""
+    dtype = x.dtype
+    x, y, inv = (t.to(torch.float64) for t in (x, y, inv))
+    middle = y.detach().mean(0)
     x, y = x - middle, y - middle
     if inv.dim() == 3:
         squares = torch.einsum("nmd,med->nme", x[:, None] - y, inv.tril()).square().sum(-1)
@@ -44,16 +55,17 @@ def scores(x: Tensor, y: Tensor, inv: Tensor, q: Tensor | None, offset: Tensor) 
         squares = x.square() @ p.T - 2 * (x @ (p * y).T) + (p * y.square()).sum(-1)
     else:
         squares = (x.square().sum(-1, keepdim=True) - 2 * (x @ y.T) + y.square().sum(-1)) * inv.square()
-    return offset - 0.5 * (squares if q is None else q[:, None] * squares)
+    return (offset - 0.5 * (squares if q is None else q[:, None] * squares)).to(dtype)
 
 
 def log_prob(x: Tensor, y: Tensor, inv: Tensor, q: Tensor | None, offset: Tensor) -> Tensor:
     """``log sum_m exp(s_nm)``, ``[points]``."""
-    parts = [
-        torch.logsumexp(scores(x[part], y, inv, None if q is None else q[part], offset), dim=1)
-        for part in pieces(x.shape[0], _width(y, inv))
-    ]
-    return torch.cat(parts)
+
+    def piece(x: Tensor, q: Tensor | None) -> Tensor:
+        return torch.logsumexp(scores(x, y, inv, q, offset), dim=1)
+
+    parts = list(pieces(x.shape[0], _width(y, inv)))
+    return torch.cat([_recomputed(piece, len(parts), x[part], None if q is None else q[part]) for part in parts])
 
 
 def responsibilities(x: Tensor, y: Tensor, inv: Tensor, q: Tensor | None, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,12 +101,13 @@ def moments(
 
 def mean(x: Tensor, y: Tensor, q: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_m r_nm y_m`` with the responsibilities r, and the log-probability; A = 1."""
-    inv = y.new_ones(1)
-    parts = []
-    for part in pieces(x.shape[0], y.shape[0]):
-        lse, r = responsibilities(x[part], y, inv, q[part], offset)
-        parts.append((r @ y, lse))
-    means, lses = zip(*parts, strict=True)
+
+    def piece(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        lse, r = responsibilities(x, y, y.new_ones(1), q, offset)
+        return r @ y, lse
+
+    parts = list(pieces(x.shape[0], y.shape[0]))
+    means, lses = zip(*(_recomputed(piece, len(parts), x[part], q[part]) for part in parts), strict=True)
     return torch.cat(means), torch.cat(lses)
 
 
@@ -106,13 +119,19 @@ def kernel_sum(x: Tensor, y: Tensor, kind: str, numbers: list[float], same: bool
     """
     total = x.new_zeros((), dtype=torch.float64)
     rows = torch.arange(x.shape[0], device=x.device)
+    x, y = x.to(torch.float64), y.to(torch.float64)
     middle = y.detach().mean(0) if kind == "rbf" and y.shape[0] else 0.0
     x, y = x - middle, y - middle
-    for part in pieces(x.shape[0], y.shape[0]):
-        k = _kernel(x[part], y, kind, numbers)
+
+    def piece(x: Tensor, rows: Tensor) -> Tensor:
+        k = _kernel(x, y, kind, numbers)
         if same:
-            k = k.masked_fill(rows[part, None] == torch.arange(y.shape[0], device=y.device), 0.0)
-        total = total + k.sum(dtype=torch.float64)
+            k = k.masked_fill(rows[:, None] == torch.arange(y.shape[0], device=y.device), 0.0)
+        return k.sum()
+
+    parts = list(pieces(x.shape[0], y.shape[0]))
+    for part in parts:
+        total = total + _recomputed(piece, len(parts), x[part], rows[part])
     return total
 
 

@@ -151,6 +151,7 @@ def lower_bound(x: Tensor, responsibilities: Tensor, mixture: Mixture) -> Tensor
     """
     each = [_one(mixture, k).log_prob(x) + mixture.weights[k].log() for k in range(len(mixture.weights))]
     joint = torch.stack(each, dim=1)
+    joint = torch.where(responsibilities > 0, joint, 0.0)  # a weight of 0 makes it infinite
     return (responsibilities * joint - torch.special.xlogy(responsibilities, responsibilities)).sum(1)
 
 

@@ -84,6 +84,8 @@ def kmeans(x: Tensor, components: int, key: NoiseKey) -> tuple[Tensor, Tensor]:
 
 def _nearest(x: Tensor, means: Tensor) -> Tensor:
     """Index of the nearest mean."""
+    middle = means.mean(0)  # of data far from 0 the expanded square would lose all digits
+    x, means = x - middle, means - middle
     return (means.square().sum(1) / 2 - x @ means.mT).argmin(1)
 
 
