@@ -1,4 +1,5 @@
-// Normal noise of several samples in one run: every lane counts for itself which sample and which element it is at.
+// Normal noise of several samples in one run. Where samples end between groups of lanes, a group has one sample; else
+// every lane counts for itself which sample and which element it is at.
 #pragma once
 
 #include "common/philox.h"
@@ -33,13 +34,11 @@ constexpr LaneOrder kLaneOrder;
 class NormalStream {
  public:
   NormalStream(const NoiseArgs& noise, int64_t batch, int64_t row, int64_t first, int64_t count)
-      : noise_(noise), batch_(batch) {
-    const int64_t seed = noise.seed_tensor ? noise.seed_tensor[0] : noise.seed;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1)
-      key_[2 * round] = k0, key_[2 * round + 1] = k1;
+      : noise_(noise), batch_(batch), key_(philox_key(noise)) {
     counters_ = count > 0 ? (count + 3) / 4 : 1;
     first_ = first / 4;
+    first_row_ = row;
+    if (whole_groups()) return;
     rows_a_block_ = kBlockCounters / counters_;
     rest_ = kBlockCounters % counters_;
     place(row);
@@ -47,13 +46,43 @@ class NormalStream {
 
   // From the beginning, at this step of the key.
   void start(int64_t step) {
+    step_ = step;
+    group_row_ = first_row_;
+    group_counter_ = 0;
+    if (whole_groups()) return;
     row_ = start_row_;
     counter_ = start_counter_;
-    step_ = step;
   }
 
   // The next kBlock numbers.
-  __attribute__((noinline)) void block(float* to) {
+  void block(float* to) { whole_groups() ? block_of_groups(to) : block_of_lanes(to); }
+
+ private:
+  bool whole_groups() const { return counters_ % kWidth == 0; }
+
+  __attribute__((noinline)) void block_of_groups(float* to) {
+    Lanes counter, word[4];
+    PhiloxStart<Lanes> start;
+    DGM_UNROLL
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t row = group_row_ < batch_ ? group_row_ : batch_ - 1;  // the last block may reach further
+      const PhiloxStart<uint32_t> of_row = philox_start(key_, noise_, row, step_);
+      for (int i = 2 * g; i < 2 * g + 2; ++i) {
+        const U64 number = load_unaligned<U64>(kLaneOrder.counter + i % 2 * (kWidth / 2));
+        counter.v[i] = number + static_cast<uint64_t>(first_ + group_counter_);
+        start.x1.v[i] = U64{} + of_row.x1;
+        start.x2.v[i] = U64{} + of_row.x2;
+        start.x3.v[i] = U64{} + of_row.x3;
+        start.x4.v[i] = U64{} + of_row.x4;
+      }
+      group_counter_ += kWidth;
+      if (group_counter_ == counters_) group_counter_ = 0, ++group_row_;
+    }
+    philox(counter, start, key_, word);
+    store_normals(word, to);
+  }
+
+  __attribute__((noinline)) void block_of_lanes(float* to) {
     Lanes c1, sample, word[4];
     key_of_lanes(c1, sample);
     const Lanes c3 = (sample >> 32 & 0xFFFFFFu) + (static_cast<uint64_t>(noise_.stream) << 24);
@@ -62,7 +91,6 @@ class NormalStream {
     store_normals(word, to);
   }
 
- private:
   // Which counter of a row a lane begins with, and how many rows further; exact for the few counters of a block.
   void place(int64_t row) {
     const uint64_t reciprocal = static_cast<uint64_t>((65536 + counters_ - 1) / counters_);
@@ -120,9 +148,11 @@ class NormalStream {
 
   const NoiseArgs& noise_;
   const int64_t batch_;
-  uint32_t key_[20];
-  int64_t counters_, first_, rows_a_block_, rest_, step_ = 0;
-  Lanes start_row_, start_counter_, row_, counter_;
+  const PhiloxKey key_;
+  int64_t counters_, first_, first_row_, step_ = 0;
+  int64_t group_row_, group_counter_;                // of the next group
+  int64_t rows_a_block_, rest_;                      // of lanes that count for themselves
+  Lanes start_row_, start_counter_, row_, counter_;  // likewise
 };
 
 }  // namespace

@@ -17,55 +17,61 @@ namespace DGM_ISA_NAMESPACE {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// What the ten rounds need of one (seed, sample, step, stream). Only c0 differs between the elements of a sample, so
-// half of the first two rounds is the same for all of them and is done here once.
-struct PhiloxSample {
-  uint32_t x1, x2, x3, x4, c3;
-  uint32_t key[20];  // k0, k1 of every round
+// What the rounds need of one seed: k0, k1 of each.
+struct PhiloxKey {
+  uint32_t k[20];
 };
 
-DGM_INLINE PhiloxSample philox_sample(uint64_t seed, uint64_t sample, uint32_t step, uint32_t stream) {
-  PhiloxSample s;
+DGM_INLINE PhiloxKey philox_key(uint64_t seed) {
+  PhiloxKey key;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-    s.key[2 * round] = k0;
-    s.key[2 * round + 1] = k1;
+    key.k[2 * round] = k0;
+    key.k[2 * round + 1] = k1;
   }
+  return key;
+}
+
+// Of one (sample, step, stream): only c0 differs between the elements of a sample, so half of the first two rounds is
+// the same for all of them and is done here once. X is uint32_t, or W for lanes of several samples.
+template <class X>
+struct PhiloxStart {
+  X x1, x2, x3, x4;
+};
+
+DGM_INLINE PhiloxStart<uint32_t> philox_start(const PhiloxKey& key, uint64_t sample, uint32_t step, uint32_t stream) {
   const uint32_t c2 = static_cast<uint32_t>(sample);
   const uint32_t c3 = (stream << 24) | (static_cast<uint32_t>(sample >> 32) & 0xFFFFFFu);
   const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-  const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ step ^ s.key[0];  // after round 1
+  const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ step ^ key.k[0];  // after round 1
   const uint64_t q0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-  s.x1 = c3 ^ s.key[1];
-  s.x2 = static_cast<uint32_t>(p1) ^ s.key[2];
-  s.x3 = static_cast<uint32_t>(q0 >> 32) ^ s.key[3];
-  s.x4 = static_cast<uint32_t>(q0) ^ s.key[5];
-  return s;
+  return {c3 ^ key.k[1], static_cast<uint32_t>(p1) ^ key.k[2], static_cast<uint32_t>(q0 >> 32) ^ key.k[3],
+          static_cast<uint32_t>(q0) ^ key.k[5]};
 }
 
 // The four output words of counters `c0`. W holds 32-bit counters: uint32_t, or CPU vectors of 64-bit lanes whose upper
 // halves are ignored (a widening multiply reads only the lower ones) and left undefined.
 template <class W>
-DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
+DGM_INLINE void philox(W c0, const PhiloxStart<W>& start, const PhiloxKey& key, W (&word)[4]) {
   W hi0, lo0, hi1, lo1;
   multiply(kPhiloxM0, c0, hi0, lo0);  // round 1
-  W c2 = hi0 ^ broadcast<W>(s.x1);
+  W c2 = hi0 ^ start.x1;
   multiply(kPhiloxM1, c2, hi1, lo1);  // round 2
-  c0 = hi1 ^ broadcast<W>(s.x2);
-  c2 = lo0 ^ broadcast<W>(s.x3);
+  c0 = hi1 ^ start.x2;
+  c2 = lo0 ^ start.x3;
   W c1 = lo1;
   multiply(kPhiloxM0, c0, hi0, lo0);  // round 3
   multiply(kPhiloxM1, c2, hi1, lo1);
-  c0 = hi1 ^ c1 ^ broadcast<W>(s.key[4]);
-  c2 = hi0 ^ broadcast<W>(s.x4);
+  c0 = hi1 ^ c1 ^ broadcast<W>(key.k[4]);
+  c2 = hi0 ^ start.x4;
   c1 = lo1;
   W c3 = lo0;
   DGM_UNROLL
   for (int round = 3; round < 10; ++round) {
     multiply(kPhiloxM0, c0, hi0, lo0);
     multiply(kPhiloxM1, c2, hi1, lo1);
-    c0 = hi1 ^ c1 ^ broadcast<W>(s.key[2 * round]);
-    c2 = hi0 ^ c3 ^ broadcast<W>(s.key[2 * round + 1]);
+    c0 = hi1 ^ c1 ^ broadcast<W>(key.k[2 * round]);
+    c2 = hi0 ^ c3 ^ broadcast<W>(key.k[2 * round + 1]);
     c1 = lo1;
     c3 = lo0;
   }
@@ -75,16 +81,29 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
   word[3] = c3;
 }
 
-// The same where every lane has a counter of its own, all four words of it; `key` has k0, k1 of every round.
+// What all elements of one (seed, sample, step, stream) share.
+struct PhiloxSample {
+  PhiloxKey key;
+  PhiloxStart<uint32_t> start;
+};
+
 template <class W>
-DGM_INLINE void philox(W c0, W c1, W c2, W c3, const uint32_t (&key)[20], W (&word)[4]) {
+DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
+  const PhiloxStart<W> start = {broadcast<W>(s.start.x1), broadcast<W>(s.start.x2), broadcast<W>(s.start.x3),
+                                broadcast<W>(s.start.x4)};
+  philox(c0, start, s.key, word);
+}
+
+// The same where every lane has a counter of its own, all four words of it.
+template <class W>
+DGM_INLINE void philox(W c0, W c1, W c2, W c3, const PhiloxKey& key, W (&word)[4]) {
   DGM_UNROLL
   for (int round = 0; round < 10; ++round) {
     W hi0, lo0, hi1, lo1;
     multiply(kPhiloxM0, c0, hi0, lo0);
     multiply(kPhiloxM1, c2, hi1, lo1);
-    c0 = hi1 ^ c1 ^ broadcast<W>(key[2 * round]);
-    c2 = hi0 ^ c3 ^ broadcast<W>(key[2 * round + 1]);
+    c0 = hi1 ^ c1 ^ broadcast<W>(key.k[2 * round]);
+    c2 = hi0 ^ c3 ^ broadcast<W>(key.k[2 * round + 1]);
     c1 = lo1;
     c3 = lo0;
   }
@@ -152,12 +171,19 @@ DGM_INLINE void box_muller(U radius_word, U angle_word, F& first, F& second) {
   second = radius * sine;
 }
 
-DGM_INLINE PhiloxSample philox_sample(const NoiseArgs& noise, int64_t row, int64_t step) {
-  const int64_t seed = noise.seed_tensor ? noise.seed_tensor[0] : noise.seed;
+DGM_INLINE PhiloxKey philox_key(const NoiseArgs& noise) {
+  return philox_key(static_cast<uint64_t>(noise.seed_tensor ? noise.seed_tensor[0] : noise.seed));
+}
+
+DGM_INLINE PhiloxStart<uint32_t> philox_start(const PhiloxKey& key, const NoiseArgs& noise, int64_t row, int64_t step) {
   const int64_t sample = noise.samples ? noise.samples[row] : noise.first_sample + row;
   if (noise.step_tensor) step += noise.step_tensor[row * noise.step_stride];
-  return philox_sample(static_cast<uint64_t>(seed), static_cast<uint64_t>(sample),
-                       static_cast<uint32_t>(noise.step + step), noise.stream);
+  return philox_start(key, static_cast<uint64_t>(sample), static_cast<uint32_t>(noise.step + step), noise.stream);
+}
+
+DGM_INLINE PhiloxSample philox_sample(const NoiseArgs& noise, int64_t row, int64_t step) {
+  const PhiloxKey key = philox_key(noise);
+  return {key, philox_start(key, noise, row, step)};
 }
 
 }  // namespace DGM_ISA_NAMESPACE

@@ -135,6 +135,9 @@ class Out {
     return direct_ ? reinterpret_cast<float*>(place_of(rows, c)) : buffer_;
   }
 
+  // What is written goes to the tensor, not to a buffer that close() converts.
+  bool direct() const { return direct_; }
+
   void close() const {
     if (direct_ || !rows_.data) return;
     char* to = place_of(rows_, chunk_);
@@ -157,23 +160,23 @@ class Noise {
   Noise(const NoiseArgs& noise, const Shape& shape, const Chunk& c)
       : noise_(noise), shape_(shape), chunk_(c), stream_(noise, shape.batch, c.row, c.first, c.count) {}
 
-  // Meanwhile memory is asked for what will be read, or written by way of the caches: `more` are runs of this chunk.
-  template <class... Pointers>
-  const float* read(int64_t step, Pointers... more) {
+  // Calls run(eps, begin, end) for the blocks of the chunk, one after the other: what is stored past the caches leaves
+  // while the next block is drawn. Meanwhile memory is asked for what will be read, or written by way of the caches:
+  // `more` are runs of this chunk.
+  template <class Run, class... Pointers>
+  void for_each_block(int64_t step, const Run& run, Pointers... more) {
+    const int64_t size = chunk_.size();
     if (!noise_.drawn) {
       Chunk there = chunk_;
       there.row += step * shape_.batch;
-      return given_.read({noise_.given.data, noise_.given.dtype, shape_.elements}, there);
+      return run(given_.read({noise_.given.data, noise_.given.dtype, shape_.elements}, there), 0, size);
     }
     stream_.start(step);
-    const int64_t size = chunk_.size();
-    int64_t i = 0;
-    for (; i < size; i += kBlock) {
+    for (int64_t i = 0; i < size; i += kBlock) {
       for (int64_t e = i; e < i + kBlock; e += kWidth) (__builtin_prefetch(more + e), ...);
       stream_.block(buffer_ + i);
+      run(buffer_, i, i + kBlock < size ? i + kBlock : size);
     }
-    for (; i < size + kPackElements; i += kWidth) store(buffer_ + i, F32{});
-    return buffer_;
   }
 
  private:
@@ -182,7 +185,7 @@ class Noise {
   const Chunk chunk_;
   NormalStream stream_;
   In given_;
-  alignas(64) float buffer_[kChunk + kBlock + kSlack];
+  alignas(64) float buffer_[kChunk + kBlock];
 };
 
 DGM_INLINE double total(const float* x, int64_t count) {

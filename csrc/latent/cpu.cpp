@@ -20,11 +20,15 @@ void sample(const SampleArgs& a, int64_t begin, int64_t end) {
     r.log_var = log_var.read(a.log_var, c);
     r.z = z.open(a.z, c);
     r.terms = terms;
+    r.stream = a.stream && z.direct();
     Noise noise(a.noise, a.shape, c);
-    r.eps = a.stream ? noise.read(0, r.mu, r.log_var) : noise.read(0, r.mu, r.log_var, r.z);
-    with_flag(a.log_normal, [&](auto log_normal) {
-      with_flag(a.standard, [&](auto standard) { sample_run<log_normal(), standard()>(a, c, r); });
-    });
+    const auto run = [&](const float* eps, int64_t first, int64_t last) {
+      r.eps = eps;
+      with_flag(a.log_normal, [&](auto log_normal) {
+        with_flag(a.standard, [&](auto standard) { sample_run<log_normal(), standard()>(a, {first, last}, r); });
+      });
+    };
+    r.stream ? noise.for_each_block(0, run, r.mu, r.log_var) : noise.for_each_block(0, run, r.mu, r.log_var, r.z);
     z.close();
     store_sums(terms, c, a.shape, a.partials);
   }
@@ -42,15 +46,20 @@ void sample_backward(const SampleArgs& a, int64_t begin, int64_t end) {
     r.grad_kl = grad_kl.spread(a.grad_kl, c);
     r.grad_mu = grad_mu.open(a.grad_mu, c);
     r.grad_log_var = grad_log_var.open(a.grad_log_var, c);
+    r.stream = a.stream && grad_mu.direct() && grad_log_var.direct();
     Noise noise(a.noise, a.shape, c);
-    r.eps = a.stream ? noise.read(0, r.mu, r.log_var, r.grad)
-                     : noise.read(0, r.mu, r.log_var, r.grad, r.grad_mu, r.grad_log_var);
-    with_flag(a.log_normal, [&](auto log_normal) {
-      with_flag(a.standard, [&](auto standard) {
-        with_flag(a.free_bits > 0.0f,
-                  [&](auto bounded) { sample_backward_run<log_normal(), standard(), bounded()>(a, c, r); });
+    const auto run = [&](const float* eps, int64_t first, int64_t last) {
+      r.eps = eps;
+      with_flag(a.log_normal, [&](auto log_normal) {
+        with_flag(a.standard, [&](auto standard) {
+          with_flag(a.free_bits > 0.0f, [&](auto bounded) {
+            sample_backward_run<log_normal(), standard(), bounded()>(a, {first, last}, r);
+          });
+        });
       });
-    });
+    };
+    r.stream ? noise.for_each_block(0, run, r.mu, r.log_var, r.grad)
+             : noise.for_each_block(0, run, r.mu, r.log_var, r.grad, r.grad_mu, r.grad_log_var);
     grad_mu.close();
     grad_log_var.close();
   }
@@ -67,7 +76,7 @@ void kl(const SampleArgs& a, int64_t begin, int64_t end) {
     r.prior_mu = prior_mu.read(a.prior_mu_rows, c);
     r.prior_log_var = prior_log_var.read(a.prior_log_var_rows, c);
     r.terms = terms;
-    kl_run(a.free_bits, c, r);
+    kl_run(a.free_bits, all(c), r);
     store_sums(terms, c, a.shape, a.partials);
   }
 }
@@ -87,7 +96,7 @@ void kl_backward(const SampleArgs& a, int64_t begin, int64_t end) {
     r.grad_log_var = grad_log_var.open(a.grad_log_var, c);
     r.grad_prior_mu = grad_prior_mu.open(a.grad_prior_mu, c);
     r.grad_prior_log_var = grad_prior_log_var.open(a.grad_prior_log_var, c);
-    kl_backward_run(a.free_bits, c, r);
+    kl_backward_run(a.free_bits, all(c), r);
     grad_mu.close();
     grad_log_var.close();
     grad_prior_mu.close();
@@ -104,15 +113,19 @@ void importance(const ImportanceArgs& a, int64_t begin, int64_t end) {
     ImportanceRuns r = {};
     r.mu = mu.read(a.mu, c);
     r.log_var = log_var.read(a.log_var, c);
-    sigma_run(c, r.log_var, sigma);
+    sigma_run(all(c), r.log_var, sigma);
     r.sigma = sigma;
     r.terms = terms;
     Noise noise(a.noise, a.shape, c);
     Chunk there = c;
     for (int64_t draw = 0; draw < a.draws; ++draw, there.row += a.shape.batch) {
       r.z = z.open(a.z, there);
-      r.eps = a.stream ? noise.read(draw) : noise.read(draw, r.z);
-      with_flag(a.log_normal, [&](auto log_normal) { importance_run<log_normal()>(a.stream, c, r); });
+      r.stream = a.stream && z.direct();
+      const auto run = [&](const float* eps, int64_t first, int64_t last) {
+        r.eps = eps;
+        with_flag(a.log_normal, [&](auto log_normal) { importance_run<log_normal()>({first, last}, r); });
+      };
+      r.stream ? noise.for_each_block(draw, run) : noise.for_each_block(draw, run, r.z);
       z.close();
       store_sums(terms, there, a.shape, a.partials);
     }
@@ -128,11 +141,11 @@ void importance_backward(const ImportanceArgs& a, int64_t begin, int64_t end) {
     ImportanceRuns r = {};
     r.mu = mu.read(a.mu, c);
     r.log_var = log_var.read(a.log_var, c);
-    sigma_run(c, r.log_var, sigma);
+    sigma_run(all(c), r.log_var, sigma);
     r.sigma = sigma;
     r.to_mu = grad_mu.open(a.grad_mu, c);
     r.to_log_var = grad_log_var.open(a.grad_log_var, c);
-    for_each_pack(c, [&](int64_t i) {
+    for_each_pack(all(c), [&](int64_t i) {
       store_pack(r.to_mu + i, V{});
       store_pack(r.to_log_var + i, V{});
     });
@@ -141,10 +154,13 @@ void importance_backward(const ImportanceArgs& a, int64_t begin, int64_t end) {
     for (int64_t draw = 0; draw < a.draws; ++draw, there.row += a.shape.batch) {
       r.grad = grad.read(a.grad, there);
       r.grad_ratio = grad_ratio.spread(a.grad_ratio, there);
-      r.eps = noise.read(draw, r.grad);
-      with_flag(a.log_normal, [&](auto log_normal) { importance_backward_run<log_normal()>(c, r); });
+      const auto run = [&](const float* eps, int64_t first, int64_t last) {
+        r.eps = eps;
+        with_flag(a.log_normal, [&](auto log_normal) { importance_backward_run<log_normal()>({first, last}, r); });
+      };
+      noise.for_each_block(draw, run, r.grad);
     }
-    for_each_pack(c, [&](int64_t i) { store_pack(r.to_log_var + i, load_pack(r.to_log_var + i) * 0.5f); });
+    for_each_pack(all(c), [&](int64_t i) { store_pack(r.to_log_var + i, load_pack(r.to_log_var + i) * 0.5f); });
     grad_mu.close();
     grad_log_var.close();
   }

@@ -11,9 +11,16 @@ namespace dgm::latent {
 namespace DGM_ISA_NAMESPACE {
 namespace {
 
+// Elements of a chunk, whole packs but for its end.
+struct Range {
+  int64_t begin, end;
+};
+
+DGM_INLINE Range all(const Chunk& c) { return {0, c.size()}; }
+
 template <class Body>
-DGM_INLINE void for_each_pack(const Chunk& c, const Body& body) {
-  for (int64_t i = 0; i < c.size(); i += kPackElements) body(i);
+DGM_INLINE void for_each_pack(const Range& range, const Body& body) {
+  for (int64_t i = range.begin; i < range.end; i += kPackElements) body(i);
 }
 
 template <class Call>
@@ -28,16 +35,17 @@ DGM_INLINE void with_flag(bool flag, const Call& call) {
 struct SampleRuns {
   const float *mu, *log_var, *eps, *grad, *grad_kl;
   float *z, *terms, *grad_mu, *grad_log_var;
+  bool stream;  // results go past the caches
 };
 
 // Terms are twice the KL of an element; so is the bound on them.
 template <bool kLogNormal, bool kStandard>
-DGM_NOINLINE void sample_run(const SampleArgs a, const Chunk c, const SampleRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void sample_run(const SampleArgs a, const Range range, const SampleRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i);
     const Scale<V> scale = scale_of(log_var);
     const V u = scale.sigma * load_pack(r.eps + i) + mu;
-    store_pack(r.z + i, kLogNormal ? exponential(u) : u, a.stream);
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u, r.stream);
     const V d = kStandard ? mu : mu - a.prior_mu;
     const V term = twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var);
     store_pack(r.terms + i, at_least(term, 2.0f * a.free_bits));
@@ -45,8 +53,8 @@ DGM_NOINLINE void sample_run(const SampleArgs a, const Chunk c, const SampleRuns
 }
 
 template <bool kLogNormal, bool kStandard, bool kBounded>
-DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Chunk c, const SampleRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Range range, const SampleRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i), d = kStandard ? mu : mu - a.prior_mu;
     const Scale<V> scale = scale_of(log_var);
     const V moved = scale.sigma * load_pack(r.eps + i);
@@ -54,9 +62,9 @@ DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Chunk c, const S
     if constexpr (kLogNormal) g = g * exponential(moved + mu);
     if constexpr (kBounded)
       k = unless_below(twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var), 2.0f * a.free_bits, k);
-    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g, a.stream);
+    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g, r.stream);
     const V to_log_var = (g * moved + k * slope<kStandard>(a, scale.variance_less_one)) * 0.5f;
-    store_pack(r.grad_log_var + i, to_log_var, a.stream);
+    store_pack(r.grad_log_var + i, to_log_var, r.stream);
   });
 }
 
@@ -67,8 +75,8 @@ struct KlRuns {
   float *terms, *grad_mu, *grad_log_var, *grad_prior_mu, *grad_prior_log_var;
 };
 
-DGM_NOINLINE void kl_run(const float free_bits, const Chunk c, const KlRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void kl_run(const float free_bits, const Range range, const KlRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
     const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i);
     const V term = scale_of(a).variance_less_one - a + d * d * exponential(-b);
@@ -76,8 +84,8 @@ DGM_NOINLINE void kl_run(const float free_bits, const Chunk c, const KlRuns r) {
   });
 }
 
-DGM_NOINLINE void kl_backward_run(const float free_bits, const Chunk c, const KlRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void kl_backward_run(const float free_bits, const Range range, const KlRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
     const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i), weighted = d * exponential(-b);
     const V slope = scale_of(a).variance_less_one;
@@ -92,28 +100,29 @@ DGM_NOINLINE void kl_backward_run(const float free_bits, const Chunk c, const Kl
 
 // ---- Importance samples. sigma is computed once for all draws.
 
-DGM_NOINLINE void sigma_run(const Chunk c, const float* log_var, float* sigma) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT { store_pack(sigma + i, exponential(load_pack(log_var + i) * 0.5f)); });
+DGM_NOINLINE void sigma_run(const Range range, const float* log_var, float* sigma) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT { store_pack(sigma + i, exponential(load_pack(log_var + i) * 0.5f)); });
 }
 
 struct ImportanceRuns {
   const float *mu, *log_var, *sigma, *eps, *grad, *grad_ratio;
   float *z, *terms, *to_mu, *to_log_var;
+  bool stream;
 };
 
 template <bool kLogNormal>
-DGM_NOINLINE void importance_run(const bool stream, const Chunk c, const ImportanceRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void importance_run(const Range range, const ImportanceRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V eps = load_pack(r.eps + i), u = load_pack(r.sigma + i) * eps + load_pack(r.mu + i);
-    store_pack(r.z + i, kLogNormal ? exponential(u) : u, stream);
+    store_pack(r.z + i, kLogNormal ? exponential(u) : u, r.stream);
     store_pack(r.terms + i, twice_log_ratio(eps, load_pack(r.log_var + i), u));
   });
 }
 
 // Adds a draw's share to the gradients; that of log_var twice as large as it is.
 template <bool kLogNormal>
-DGM_NOINLINE void importance_backward_run(const Chunk c, const ImportanceRuns r) {
-  for_each_pack(c, [&](int64_t i) DGM_FLAT {
+DGM_NOINLINE void importance_backward_run(const Range range, const ImportanceRuns r) {
+  for_each_pack(range, [&](int64_t i) DGM_FLAT {
     const V moved = load_pack(r.sigma + i) * load_pack(r.eps + i), u = moved + load_pack(r.mu + i);
     const V l = load_pack(r.grad_ratio + i);
     V g = load_pack(r.grad + i);
