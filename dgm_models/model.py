@@ -68,6 +68,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         model_name: the name in the registry.
         sample_shape: the shape of one sample.
         conditional: whether ``cond`` is understood.
+        num_classes: classes that ``cond`` may name; None for a model that is not conditioned on classes.
         levels: number of grey levels of the data in [-1, 1], equally spaced; None for continuous data.
         exact_likelihood: whether :meth:`log_prob` is that of the data themselves, so that no bound of it is needed.
         default_settings: the values of ``train.Settings`` that suit the family better than the defaults there.
@@ -76,6 +77,7 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
     model_name: ClassVar[str] = "unregistered"
     sample_shape: tuple[int, ...]
     conditional: bool = False
+    num_classes: int | None = None
     levels: int | None = None
     exact_likelihood: bool = False
     default_settings: ClassVar[Mapping[str, Any]] = types.MappingProxyType({})
@@ -255,6 +257,21 @@ class GenerativeModel(nn.Module, ModelHubMixin, ABC, library_name="dgm_models", 
         if cond.dim() == 0 or cond.shape[0] != n:
             raise ValueError(f"cond must have one entry for each of the {n} samples, got shape {tuple(cond.shape)}")
         return cond.to(self.device)
+
+    def _check_classes(self, cond: Tensor | int | None, n: int) -> Tensor | None:
+        """:meth:`_check_cond` of a model with ``num_classes``, where ``cond`` holds the classes of n samples."""
+        cond = self._check_cond(cond, n)
+        if self.num_classes is None:
+            return None
+        if cond is None:
+            raise ValueError(f"cond must be given: this {self.model_name} is conditional (config: num_classes)")
+        if cond.dtype != torch.int64 or cond.dim() != 1:
+            raise TypeError(f"cond must be int64 of shape [batch], got {cond.dtype} of shape {tuple(cond.shape)}")
+        # Looking at the values of a tensor on another device would wait for it.
+        looks = cond.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not bool(((cond >= 0) & (cond < self.num_classes)).all()):
+            raise ValueError(f"cond must be in 0 .. {self.num_classes - 1}, got {cond.tolist()}")
+        return cond
 
     def _check_option_names(self, options: Mapping[str, Any]) -> None:
         """That :meth:`_sample` knows them."""

@@ -21,8 +21,6 @@ constexpr int64_t kWorthAThread = 1 << 18;  // multiplications: waking a thread 
 constexpr int64_t kFewHeads = 8;            // fewer are cut into parts of the keys, so that threads have work
 constexpr int64_t kManyUnits = 64;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 at::Tensor floats(int64_t count) { return at::empty({count}, at::TensorOptions(at::kFloat)); }
 
 void check_rows(const char* name, const at::Tensor& x, int64_t batch, int64_t heads, int64_t rows, int64_t features,

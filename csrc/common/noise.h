@@ -70,10 +70,10 @@ class NormalStream {
       for (int i = 2 * g; i < 2 * g + 2; ++i) {
         const U64 number = load_unaligned<U64>(kLaneOrder.counter + i % 2 * (kWidth / 2));
         counter.v[i] = number + static_cast<uint64_t>(first_ + group_counter_);
-        start.x1.v[i] = U64{} + of_row.x1;
-        start.x2.v[i] = U64{} + of_row.x2;
-        start.x3.v[i] = U64{} + of_row.x3;
-        start.x4.v[i] = U64{} + of_row.x4;
+        start.x1.v[i] = broadcast<U64>(of_row.x1);
+        start.x2.v[i] = broadcast<U64>(of_row.x2);
+        start.x3.v[i] = broadcast<U64>(of_row.x3);
+        start.x4.v[i] = broadcast<U64>(of_row.x4);
       }
       group_counter_ += kWidth;
       if (group_counter_ == counters_) group_counter_ = 0, ++group_row_;

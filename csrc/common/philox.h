@@ -49,8 +49,27 @@ DGM_INLINE PhiloxStart<uint32_t> philox_start(const PhiloxKey& key, uint64_t sam
           static_cast<uint32_t>(q0) ^ key.k[5]};
 }
 
-// The four output words of counters `c0`. W holds 32-bit counters: uint32_t, or CPU vectors of 64-bit lanes whose upper
-// halves are ignored (a widening multiply reads only the lower ones) and left undefined.
+// The rounds from kFirst on, which count from 0 to 9. W holds 32-bit counters: uint32_t, or CPU vectors of 64-bit lanes
+// whose upper halves are ignored (a widening multiply reads only the lower ones) and left undefined.
+template <int kFirst, class W>
+DGM_INLINE void philox_rounds(W c0, W c1, W c2, W c3, const PhiloxKey& key, W (&word)[4]) {
+  DGM_UNROLL
+  for (int round = kFirst; round < 10; ++round) {
+    W hi0, lo0, hi1, lo1;
+    multiply(kPhiloxM0, c0, hi0, lo0);
+    multiply(kPhiloxM1, c2, hi1, lo1);
+    c0 = hi1 ^ c1 ^ broadcast<W>(key.k[2 * round]);
+    c2 = hi0 ^ c3 ^ broadcast<W>(key.k[2 * round + 1]);
+    c1 = lo1;
+    c3 = lo0;
+  }
+  word[0] = c0;
+  word[1] = c1;
+  word[2] = c2;
+  word[3] = c3;
+}
+
+// The four output words of counters `c0`.
 template <class W>
 DGM_INLINE void philox(W c0, const PhiloxStart<W>& start, const PhiloxKey& key, W (&word)[4]) {
   W hi0, lo0, hi1, lo1;
@@ -66,19 +85,7 @@ DGM_INLINE void philox(W c0, const PhiloxStart<W>& start, const PhiloxKey& key, 
   c2 = hi0 ^ start.x4;
   c1 = lo1;
   W c3 = lo0;
-  DGM_UNROLL
-  for (int round = 3; round < 10; ++round) {
-    multiply(kPhiloxM0, c0, hi0, lo0);
-    multiply(kPhiloxM1, c2, hi1, lo1);
-    c0 = hi1 ^ c1 ^ broadcast<W>(key.k[2 * round]);
-    c2 = hi0 ^ c3 ^ broadcast<W>(key.k[2 * round + 1]);
-    c1 = lo1;
-    c3 = lo0;
-  }
-  word[0] = c0;
-  word[1] = c1;
-  word[2] = c2;
-  word[3] = c3;
+  philox_rounds<3>(c0, c1, c2, c3, key, word);
 }
 
 // What all elements of one (seed, sample, step, stream) share.
@@ -97,20 +104,7 @@ DGM_INLINE void philox(W c0, const PhiloxSample& s, W (&word)[4]) {
 // The same where every lane has a counter of its own, all four words of it.
 template <class W>
 DGM_INLINE void philox(W c0, W c1, W c2, W c3, const PhiloxKey& key, W (&word)[4]) {
-  DGM_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    W hi0, lo0, hi1, lo1;
-    multiply(kPhiloxM0, c0, hi0, lo0);
-    multiply(kPhiloxM1, c2, hi1, lo1);
-    c0 = hi1 ^ c1 ^ broadcast<W>(key.k[2 * round]);
-    c2 = hi0 ^ c3 ^ broadcast<W>(key.k[2 * round + 1]);
-    c1 = lo1;
-    c3 = lo0;
-  }
-  word[0] = c0;
-  word[1] = c1;
-  word[2] = c2;
-  word[3] = c3;
+  philox_rounds<0>(c0, c1, c2, c3, key, word);
 }
 
 // ---- Functions. Each is within 2 ulp on the arguments that noise gives it. F is a float or CPU vectors of them.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -95,6 +96,46 @@ inline NoiseArgs noise_args(const OptionalTensor& noise, const OptionalTensor& s
   args.first_sample = first_sample;
   args.stream = static_cast<uint32_t>(stream);
   return args;
+}
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// On the CPU.
+inline at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::empty(sizes, at::TensorOptions(dtype));
+}
+
+// `batch` samples of contiguous elements, at any distance.
+inline RowsIn samples_in(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
+  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " must be on the CPU, got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch && tensor.numel() == batch * elements, name,
+                    " must have ", elements, " elements in each of ", batch, " samples, got ", tensor.sizes());
+  int64_t expected = 1;
+  for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
+    TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
+                      " must have contiguous samples, got strides ", tensor.strides());
+    expected *= tensor.size(dim);
+  }
+  return {tensor.const_data_ptr(), dtype_of(name, tensor), tensor.stride(0)};
+}
+
+inline RowsIn samples_in(const char* name, const OptionalTensor& tensor, int64_t batch, int64_t elements) {
+  return present(tensor) ? samples_in(name, *tensor, batch, elements) : RowsIn{};
+}
+
+inline RowsOut rows_out(const char* name, const at::Tensor& tensor, int64_t elements) {
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
+  return {tensor.mutable_data_ptr(), dtype_of(name, tensor), elements};
+}
+
+// `count` floats on the CPU, or none.
+inline const float* floats_in(const char* name, const OptionalTensor& tensor, int64_t count) {
+  if (!present(tensor)) return nullptr;
+  TORCH_CHECK_VALUE(
+      tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->is_cpu() && tensor->numel() == count,
+      name, " must be float32, contiguous and have ", count, " elements, got ", tensor->sizes());
+  return tensor->const_data_ptr<float>();
 }
 
 // Elements of a sample; the batch is dimension 0.

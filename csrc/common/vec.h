@@ -123,14 +123,14 @@ DGM_INLINE Pack<To, N> bit_cast(Pack<V, N> a) {
 
 template <class W>
 struct Broadcast {
-  static DGM_INLINE_METHOD W of(uint32_t value) { return W{} + value; }
+  static DGM_INLINE_METHOD W of(uint32_t value) { return bit_cast<W>(U32{} + value); }
 };
 
 template <class V, int N>
 struct Broadcast<Pack<V, N>> {
   static DGM_INLINE_METHOD Pack<V, N> of(uint32_t value) {
     Pack<V, N> result;
-    DGM_EACH result.v[i] = V{} + value;
+    DGM_EACH result.v[i] = bit_cast<V>(U32{} + value);
     return result;
   }
 };

@@ -1,8 +1,7 @@
 // CPU loops of the affine coupling layer on runs of float32 elements, and the chunks of rows that are made into runs.
 #pragma once
 
-#include <type_traits>
-
+#include "common/runs.h"
 #include "coupling/math.h"
 
 namespace dgm::coupling {
@@ -11,43 +10,20 @@ namespace {
 
 // ---- Runs: contiguous elements, whatever sample they belong to
 
-// How a vector of a run is read and written: as it is, or, at the end, as far as there are elements.
-struct Full {
-  DGM_INLINE_METHOD F32 load(const float* from) const { return ::dgm::DGM_ISA_NAMESPACE::load(from); }
+// The mask of a vector of a run, beside what is read and written of it.
+struct Whole : Full {
   DGM_INLINE_METHOD I32 fixed(const uint8_t* from) const {
     return __builtin_convertvector(load_unaligned<U8>(from) != 0, I32);
   }
-  DGM_INLINE_METHOD void store(float* to, F32 value) const { ::dgm::DGM_ISA_NAMESPACE::store(to, value); }
 };
 
-struct Some {
-  int64_t count;
-  DGM_INLINE_METHOD F32 load(const float* from) const {
-    alignas(64) float buffer[kWidth] = {};
-    std::memcpy(buffer, from, count * sizeof(float));
-    return ::dgm::DGM_ISA_NAMESPACE::load(buffer);
-  }
+struct Rest : Some {
   DGM_INLINE_METHOD I32 fixed(const uint8_t* from) const {
     uint8_t buffer[kWidth] = {};
     std::memcpy(buffer, from, count);
-    return Full{}.fixed(buffer);
+    return Whole{}.fixed(buffer);
   }
-  DGM_INLINE_METHOD void store(float* to, F32 value) const { std::memcpy(to, &value, count * sizeof(float)); }
 };
-
-template <int N>
-DGM_INLINE Pack<F32, N> load_pack(const float* from) {
-  Pack<F32, N> x;
-  DGM_EACH x.v[i] = load(from + i * kWidth);
-  return x;
-}
-
-template <class Vector>
-DGM_INLINE void for_each_vector(int64_t count, const Vector& vector) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) vector(i, Full{});
-  if (i < count) vector(i, Some{count - i});
-}
 
 // Asks for what the lockstep at hand will be followed by: the arithmetic of a scale takes longer than the processor
 // looks ahead, so that without this memory would wait for it, and it for memory.
@@ -107,9 +83,9 @@ DGM_INLINE void affine_run(const Run& r, int64_t count) {
     const auto scale = log_scale<kMap, kInverse>(load_pack<kLockstep>(r.raw + i));
     DGM_UNROLL
     for (int j = 0; j < kLockstep; ++j)
-      finish_affine<kMap, kInverse, kMasked>(r, i + j * kWidth, scale.s.v[j], scale.factor.v[j], Full{});
+      finish_affine<kMap, kInverse, kMasked>(r, i + j * kWidth, scale.s.v[j], scale.factor.v[j], Whole{});
   }
-  for_each_vector(count - i, [&](int64_t j, auto access) {
+  for_each_vector<Whole, Rest>(count - i, [&](int64_t j, auto access) {
     const LogScale<F32> scale = log_scale<kMap, kInverse>(access.load(r.raw + i + j));
     finish_affine<kMap, kInverse, kMasked>(r, i + j, scale.s, scale.factor, access);
   });
@@ -122,7 +98,7 @@ DGM_NOINLINE void affine_runs(const Runs runs) {
 
 DGM_NOINLINE void additive_run(const Run r, int64_t count, bool inverse) {
   const float sign = inverse ? -1.0f : 1.0f;
-  for_each_vector(count, [&](int64_t i, auto access) {
+  for_each_vector<Whole, Rest>(count, [&](int64_t i, auto access) {
     const F32 x = access.load(r.x + i), y = x + sign * access.load(r.shift + i);
     access.store(r.y + i, r.fixed ? (access.fixed(r.fixed + i) ? x : y) : y);
   });
@@ -177,9 +153,9 @@ DGM_INLINE void affine_backward_run(const BackwardRun& r, int64_t count) {
     const auto scale = log_scale<kMap, kInverse>(raw);
     DGM_UNROLL
     for (int j = 0; j < kLockstep; ++j)
-      finish_backward<kMap, kInverse, kMasked>(r, i + j * kWidth, raw.v[j], scale.s.v[j], scale.factor.v[j], Full{});
+      finish_backward<kMap, kInverse, kMasked>(r, i + j * kWidth, raw.v[j], scale.s.v[j], scale.factor.v[j], Whole{});
   }
-  for_each_vector(count - i, [&](int64_t j, auto access) {
+  for_each_vector<Whole, Rest>(count - i, [&](int64_t j, auto access) {
     const F32 raw = access.load(r.raw + i + j);
     const LogScale<F32> scale = log_scale<kMap, kInverse>(raw);
     finish_backward<kMap, kInverse, kMasked>(r, i + j, raw, scale.s, scale.factor, access);
@@ -245,14 +221,6 @@ DGM_INLINE void with_map(ScaleMap map, const Call& call) {
     default:
       return call(std::integral_constant<ScaleMap, ScaleMap::Exp>{});
   }
-}
-
-template <class Call>
-DGM_INLINE void with_flag(bool flag, const Call& call) {
-  if (flag)
-    call(std::true_type{});
-  else
-    call(std::false_type{});
 }
 
 void run(const AffineArgs& a, const Runs& r) {

@@ -2,7 +2,6 @@
 #include "coupling/launch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zero.h>
 
 #include <algorithm>
@@ -19,39 +18,6 @@ namespace {
 constexpr int64_t kGrainElements = 16384, kGrainSplineElements = 512;
 
 int64_t parts_of(int64_t elements) { return std::max<int64_t>((elements + kPartElements - 1) / kPartElements, 1); }
-
-void check_samples(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
-  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " must be on the CPU, got ", tensor.device());
-  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch && tensor.numel() == batch * elements, name,
-                    " must have ", elements, " elements in each of ", batch, " samples, got ", tensor.sizes());
-  int64_t expected = 1;
-  for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
-    TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
-                      " must have contiguous samples, got strides ", tensor.strides());
-    expected *= tensor.size(dim);
-  }
-}
-
-RowsIn samples_in(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
-  check_samples(name, tensor, batch, elements);
-  return {tensor.const_data_ptr(), dtype_of(name, tensor), tensor.stride(0)};
-}
-
-RowsOut rows_out(const char* name, const at::Tensor& tensor, int64_t elements) {
-  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
-  return {tensor.mutable_data_ptr(), dtype_of(name, tensor), elements};
-}
-
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty(sizes, at::TensorOptions(dtype)); }
-
-const float* gradient_of_logdet(const OptionalTensor& grad, int64_t batch) {
-  if (!present(grad)) return nullptr;
-  TORCH_CHECK_VALUE(
-      grad->scalar_type() == at::kFloat && grad->is_contiguous() && grad->is_cpu() && grad->numel() == batch,
-      "grad_logdet must be float32 [", batch, "] and contiguous, got ", grad->sizes());
-  return grad->const_data_ptr<float>();
-}
 
 // The mask of a checkerboard: of one plane, which repeats.
 at::Tensor checkerboard(int64_t parity, int64_t width, int64_t plane) {
@@ -155,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_backward(const at::Tensor&
   AffineArgs args = affine_args("output", output, shift, log_scale, fixed, start, stop, parity, width, plane, scale_map,
                                 inverse, mask);
   args.grad = samples_in("grad", grad, args.batch, args.elements);
-  args.grad_logdet = gradient_of_logdet(grad_logdet, args.batch);
+  args.grad_logdet = floats_in("grad_logdet", grad_logdet, args.batch);
   at::Tensor to_x = empty(output.sizes(), x_dtype), to_scale = empty(log_scale.sizes(), log_scale.scalar_type());
   at::Tensor to_shift = with_shift ? empty(shift.sizes(), shift.scalar_type()) : empty({0}, shift.scalar_type());
   args.grad_x = rows_out("grad_x", to_x, args.elements);
@@ -253,7 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> spline_backward(const
   SplineArgs args =
       spline_args(x, widths, heights, derivatives, bound, tails, min_width, min_height, min_derivative, inverse);
   args.grad = operand("grad", grad, x);
-  args.grad_logdet = gradient_of_logdet(grad_logdet, args.batch);
+  args.grad_logdet = floats_in("grad_logdet", grad_logdet, args.batch);
   const auto like = [](const at::Tensor& t) { return empty(t.sizes(), t.scalar_type()); };
   at::Tensor to_x = empty(x.sizes(), x.scalar_type());
   at::Tensor to_widths = like(widths), to_heights = like(heights), to_derivatives = like(derivatives);

@@ -27,8 +27,6 @@ constexpr int64_t kMostPartials = 1 << 21;  // floats
 constexpr int64_t kSampled = 1024;          // components that tell where the middle of all is
 constexpr double kTolerance = 0x1p-9;       // nats that the rounding of products may cost
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 at::Tensor floats(at::IntArrayRef sizes) { return at::empty(sizes, at::TensorOptions(at::kFloat)); }
 at::Tensor doubles(int64_t count) { return at::empty({count}, at::TensorOptions(at::kDouble)); }
 float* data(const at::Tensor& x) { return x.mutable_data_ptr<float>(); }

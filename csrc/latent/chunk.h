@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/noise.h"
+#include "common/runs.h"
 #include "latent/math.h"
 
 namespace dgm::latent {
@@ -13,30 +14,6 @@ constexpr int64_t kSlack =
     kPackElements + kWidth;  // behind a chunk: its last pack is whole, a conversion whole vectors
 
 typedef Pack<F32, kLockstep> V;
-
-DGM_INLINE V load_pack(const float* from) {
-  V x;
-  DGM_UNROLL
-  for (int i = 0; i < kLockstep; ++i) x.v[i] = load(from + i * kWidth);
-  return x;
-}
-
-DGM_INLINE void store_pack(float* to, V x) {
-  DGM_UNROLL
-  for (int i = 0; i < kLockstep; ++i) store(to + i * kWidth, x.v[i]);
-}
-
-// Past the caches, if `stream` and the place allow it: a result that they would not hold costs a reading, too.
-DGM_INLINE void store_pack(float* to, V x, [[maybe_unused]] bool stream) {
-#if defined(__AVX512F__)
-  if (stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-    DGM_UNROLL
-    for (int i = 0; i < kLockstep; ++i) _mm512_stream_ps(to + i * kWidth, reinterpret_cast<__m512>(x.v[i]));
-    return;
-  }
-#endif
-  store_pack(to, x);
-}
 
 // Elements [first, first + count) of each of `rows` samples. In a run they lie at a distance of `stride`, a multiple of
 // four, as the noise does: a counter makes four numbers of one sample.

@@ -160,7 +160,8 @@ void importance_backward(const ImportanceArgs& a, int64_t begin, int64_t end) {
       };
       noise.for_each_block(draw, run, r.grad);
     }
-    for_each_pack(all(c), [&](int64_t i) { store_pack(r.to_log_var + i, load_pack(r.to_log_var + i) * 0.5f); });
+    for_each_pack(all(c),
+                  [&](int64_t i) { store_pack(r.to_log_var + i, load_pack<kLockstep>(r.to_log_var + i) * 0.5f); });
     grad_mu.close();
     grad_log_var.close();
   }

@@ -2,7 +2,6 @@
 #include "latent/launch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -22,42 +21,9 @@ constexpr int64_t kGrainElements = 16384;
 
 #define DGM_KEY_ARGUMENTS noise, seed_tensor, seed, key_step_tensor, key_step, samples, first_sample, stream
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty(sizes, at::TensorOptions(dtype)); }
-
 Shape shape_of(const at::Tensor& mu) {
   const int64_t elements = elements_per_sample(mu);
   return {mu.size(0), elements, std::max<int64_t>((elements + kChunk - 1) / kChunk, 1)};
-}
-
-RowsIn samples_in(const char* name, const at::Tensor& tensor, int64_t batch, int64_t elements) {
-  TORCH_CHECK_VALUE(tensor.is_cpu(), name, " must be on the CPU, got ", tensor.device());
-  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch && tensor.numel() == batch * elements, name,
-                    " must have ", elements, " elements in each of ", batch, " samples, got ", tensor.sizes());
-  int64_t expected = 1;
-  for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
-    TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
-                      " must have contiguous samples, got strides ", tensor.strides());
-    expected *= tensor.size(dim);
-  }
-  return {tensor.const_data_ptr(), dtype_of(name, tensor), tensor.stride(0)};
-}
-
-RowsIn samples_in(const char* name, const OptionalTensor& tensor, int64_t batch, int64_t elements) {
-  return present(tensor) ? samples_in(name, *tensor, batch, elements) : RowsIn{};
-}
-
-RowsOut rows_out(const char* name, const at::Tensor& tensor, int64_t elements) {
-  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be a floating-point tensor, got ", tensor.scalar_type());
-  return {tensor.mutable_data_ptr(), dtype_of(name, tensor), elements};
-}
-
-const float* sums_in(const char* name, const OptionalTensor& tensor, int64_t count) {
-  if (!present(tensor)) return nullptr;
-  TORCH_CHECK_VALUE(
-      tensor->scalar_type() == at::kFloat && tensor->is_contiguous() && tensor->is_cpu() && tensor->numel() == count,
-      name, " must be float32, contiguous and have ", count, " elements, got ", tensor->sizes());
-  return tensor->const_data_ptr<float>();
 }
 
 // `batches` of given noise follow each other.
@@ -142,7 +108,7 @@ Pair sample_backward(const OptionalTensor& grad, const OptionalTensor& grad_kl, 
   SampleArgs args = sample_args(mu, log_var, DGM_KEY_ARGUMENTS, free_bits, log_normal, prior_mu, prior_log_var);
   const Shape& shape = args.shape;
   args.grad = samples_in("grad", grad, shape.batch, shape.elements);
-  args.grad_kl = sums_in("grad_kl", grad_kl, shape.batch);
+  args.grad_kl = floats_in("grad_kl", grad_kl, shape.batch);
   at::Tensor to_mu = empty(mu.sizes(), mu.scalar_type()), to_log_var = empty(log_var.sizes(), log_var.scalar_type());
   args.grad_mu = rows_out("mu", to_mu, shape.elements);
   args.grad_log_var = rows_out("log_var", to_log_var, shape.elements);
@@ -190,7 +156,7 @@ Four kl_backward(const at::Tensor& grad, const at::Tensor& mu, const at::Tensor&
                  const OptionalTensor& prior_mu, const OptionalTensor& prior_log_var, double free_bits) {
   SampleArgs args = kl_args(mu, log_var, prior_mu, prior_log_var, free_bits);
   const int64_t elements = args.shape.elements;
-  args.grad_kl = sums_in("grad", grad, args.shape.batch);
+  args.grad_kl = floats_in("grad", grad, args.shape.batch);
   Four grads = {empty(mu.sizes(), mu.scalar_type()), empty(log_var.sizes(), log_var.scalar_type()),
                 empty_like_or_none(prior_mu), empty_like_or_none(prior_log_var)};
   args.grad_mu = rows_out("mu", std::get<0>(grads), elements);
@@ -248,7 +214,7 @@ Pair importance_backward(const OptionalTensor& grad, const OptionalTensor& grad_
                       "grad must be contiguous and have ", draws * mu.numel(), " elements, got ", grad->sizes());
     args.grad = {grad->const_data_ptr(), dtype_of("grad", *grad), shape.elements};
   }
-  args.grad_ratio = sums_in("grad_ratio", grad_ratio, draws * shape.batch);
+  args.grad_ratio = floats_in("grad_ratio", grad_ratio, draws * shape.batch);
   at::Tensor to_mu = empty(mu.sizes(), mu.scalar_type()), to_log_var = empty(log_var.sizes(), log_var.scalar_type());
   args.grad_mu = rows_out("mu", to_mu, shape.elements);
   args.grad_log_var = rows_out("log_var", to_log_var, shape.elements);
@@ -342,7 +308,7 @@ Pair tril_backward(const OptionalTensor& grad, const OptionalTensor& grad_kl, co
   TrilArgs args = tril_args(mu, scale_tril, DGM_KEY_ARGUMENTS);
   const auto [batch, features, parts] = args.shape;
   args.grad = samples_in("grad", grad, batch, features);
-  args.grad_kl = sums_in("grad_kl", grad_kl, batch);
+  args.grad_kl = floats_in("grad_kl", grad_kl, batch);
   at::Tensor to_mu = empty(mu.sizes(), mu.scalar_type());
   at::Tensor to_factor = empty(scale_tril.sizes(), scale_tril.scalar_type());
   args.grad_mu = rows_out("mu", to_mu, features);
@@ -406,7 +372,7 @@ Pair quantize_backward(const OptionalTensor& grad, const at::Tensor& grad_losses
   for (int64_t row = 0; row < args.rows; ++row)
     TORCH_CHECK_VALUE(args.indices[row] >= 0 && args.indices[row] < args.codes, "indices must be in [0, ", args.codes,
                       "), got ", args.indices[row]);
-  const float* of_losses = sums_in("grad_losses", grad_losses, 2);
+  const float* of_losses = floats_in("grad_losses", grad_losses, 2);
   const float each = 2.0f / static_cast<float>(std::max<int64_t>(x.numel(), 1));
   args.code_factor = of_losses[0] * each;
   args.x_factor = of_losses[1] * each;

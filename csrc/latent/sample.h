@@ -1,8 +1,6 @@
 // CPU loops of samples with their KL, of a KL alone, and of importance samples, on runs of floats.
 #pragma once
 
-#include <type_traits>
-
 #include "latent/chunk.h"
 
 #define DGM_FLAT __attribute__((always_inline))  // of a loop's body: GCC would call it
@@ -23,14 +21,6 @@ DGM_INLINE void for_each_pack(const Range& range, const Body& body) {
   for (int64_t i = range.begin; i < range.end; i += kPackElements) body(i);
 }
 
-template <class Call>
-DGM_INLINE void with_flag(bool flag, const Call& call) {
-  if (flag)
-    call(std::true_type{});
-  else
-    call(std::false_type{});
-}
-
 // The runs of a chunk.
 struct SampleRuns {
   const float *mu, *log_var, *eps, *grad, *grad_kl;
@@ -42,9 +32,9 @@ struct SampleRuns {
 template <bool kLogNormal, bool kStandard>
 DGM_NOINLINE void sample_run(const SampleArgs a, const Range range, const SampleRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i);
+    const V mu = load_pack<kLockstep>(r.mu + i), log_var = load_pack<kLockstep>(r.log_var + i);
     const Scale<V> scale = scale_of(log_var);
-    const V u = scale.sigma * load_pack(r.eps + i) + mu;
+    const V u = scale.sigma * load_pack<kLockstep>(r.eps + i) + mu;
     store_pack(r.z + i, kLogNormal ? exponential(u) : u, r.stream);
     const V d = kStandard ? mu : mu - a.prior_mu;
     const V term = twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var);
@@ -55,10 +45,11 @@ DGM_NOINLINE void sample_run(const SampleArgs a, const Range range, const Sample
 template <bool kLogNormal, bool kStandard, bool kBounded>
 DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Range range, const SampleRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V mu = load_pack(r.mu + i), log_var = load_pack(r.log_var + i), d = kStandard ? mu : mu - a.prior_mu;
+    const V mu = load_pack<kLockstep>(r.mu + i), log_var = load_pack<kLockstep>(r.log_var + i),
+            d = kStandard ? mu : mu - a.prior_mu;
     const Scale<V> scale = scale_of(log_var);
-    const V moved = scale.sigma * load_pack(r.eps + i);
-    V g = load_pack(r.grad + i), k = load_pack(r.grad_kl + i);
+    const V moved = scale.sigma * load_pack<kLockstep>(r.eps + i);
+    V g = load_pack<kLockstep>(r.grad + i), k = load_pack<kLockstep>(r.grad_kl + i);
     if constexpr (kLogNormal) g = g * exponential(moved + mu);
     if constexpr (kBounded)
       k = unless_below(twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var), 2.0f * a.free_bits, k);
@@ -75,33 +66,43 @@ struct KlRuns {
   float *terms, *grad_mu, *grad_log_var, *grad_prior_mu, *grad_prior_log_var;
 };
 
+// (mu - prior_mu) / prior_sigma. Not by way of 1 / prior_sigma^2, which may be infinite where this is not; sigma from
+// e^-88 on.
+DGM_INLINE V standardized(V d, V prior_log_var, V& inverse_sigma) {
+  inverse_sigma = exponential(at_most(prior_log_var * -0.5f, 88.0f));
+  return d * inverse_sigma;
+}
+
 DGM_NOINLINE void kl_run(const float free_bits, const Range range, const KlRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
-    const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i);
-    const V term = scale_of(a).variance_less_one - a + d * d * exponential(-b);
+    const V b = load_pack<kLockstep>(r.prior_log_var + i), a = load_pack<kLockstep>(r.log_var + i) - b;
+    V inverse_sigma;
+    const V d = standardized(load_pack<kLockstep>(r.mu + i) - load_pack<kLockstep>(r.prior_mu + i), b, inverse_sigma);
+    const V term = scale_of(a).variance_less_one - a + d * d;
     store_pack(r.terms + i, at_least(term, 2.0f * free_bits));
   });
 }
 
 DGM_NOINLINE void kl_backward_run(const float free_bits, const Range range, const KlRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V b = load_pack(r.prior_log_var + i), a = load_pack(r.log_var + i) - b;
-    const V d = load_pack(r.mu + i) - load_pack(r.prior_mu + i), weighted = d * exponential(-b);
+    const V b = load_pack<kLockstep>(r.prior_log_var + i), a = load_pack<kLockstep>(r.log_var + i) - b;
+    V inverse_sigma;
+    const V d = standardized(load_pack<kLockstep>(r.mu + i) - load_pack<kLockstep>(r.prior_mu + i), b, inverse_sigma);
     const V slope = scale_of(a).variance_less_one;
-    const V k = unless_below(slope - a + d * weighted, 2.0f * free_bits, load_pack(r.grad + i));
-    const V to_mu = k * weighted;
+    const V k = unless_below(slope - a + d * d, 2.0f * free_bits, load_pack<kLockstep>(r.grad + i));
+    const V to_mu = k * (d * inverse_sigma);
     store_pack(r.grad_mu + i, to_mu);
     store_pack(r.grad_log_var + i, k * slope * 0.5f);
     store_pack(r.grad_prior_mu + i, -to_mu);
-    store_pack(r.grad_prior_log_var + i, k * (slope + d * weighted) * -0.5f);
+    store_pack(r.grad_prior_log_var + i, k * (slope + d * d) * -0.5f);
   });
 }
 
 // ---- Importance samples. sigma is computed once for all draws.
 
 DGM_NOINLINE void sigma_run(const Range range, const float* log_var, float* sigma) {
-  for_each_pack(range, [&](int64_t i) DGM_FLAT { store_pack(sigma + i, exponential(load_pack(log_var + i) * 0.5f)); });
+  for_each_pack(
+      range, [&](int64_t i) DGM_FLAT { store_pack(sigma + i, exponential(load_pack<kLockstep>(log_var + i) * 0.5f)); });
 }
 
 struct ImportanceRuns {
@@ -113,9 +114,10 @@ struct ImportanceRuns {
 template <bool kLogNormal>
 DGM_NOINLINE void importance_run(const Range range, const ImportanceRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V eps = load_pack(r.eps + i), u = load_pack(r.sigma + i) * eps + load_pack(r.mu + i);
+    const V eps = load_pack<kLockstep>(r.eps + i),
+            u = load_pack<kLockstep>(r.sigma + i) * eps + load_pack<kLockstep>(r.mu + i);
     store_pack(r.z + i, kLogNormal ? exponential(u) : u, r.stream);
-    store_pack(r.terms + i, twice_log_ratio(eps, load_pack(r.log_var + i), u));
+    store_pack(r.terms + i, twice_log_ratio(eps, load_pack<kLockstep>(r.log_var + i), u));
   });
 }
 
@@ -123,13 +125,14 @@ DGM_NOINLINE void importance_run(const Range range, const ImportanceRuns r) {
 template <bool kLogNormal>
 DGM_NOINLINE void importance_backward_run(const Range range, const ImportanceRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V moved = load_pack(r.sigma + i) * load_pack(r.eps + i), u = moved + load_pack(r.mu + i);
-    const V l = load_pack(r.grad_ratio + i);
-    V g = load_pack(r.grad + i);
+    const V moved = load_pack<kLockstep>(r.sigma + i) * load_pack<kLockstep>(r.eps + i),
+            u = moved + load_pack<kLockstep>(r.mu + i);
+    const V l = load_pack<kLockstep>(r.grad_ratio + i);
+    V g = load_pack<kLockstep>(r.grad + i);
     if constexpr (kLogNormal) g = g * exponential(u);
     g = g - l * u;
-    store_pack(r.to_mu + i, load_pack(r.to_mu + i) + g);
-    store_pack(r.to_log_var + i, load_pack(r.to_log_var + i) + (g * moved + l));
+    store_pack(r.to_mu + i, load_pack<kLockstep>(r.to_mu + i) + g);
+    store_pack(r.to_log_var + i, load_pack<kLockstep>(r.to_log_var + i) + (g * moved + l));
   });
 }
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/elementary.h"
+#include "common/runs.h"
 #include "masked_conv/cpu_pixel.h"
 
 namespace dgm::masked_conv {
@@ -57,18 +58,6 @@ class BlockWriter {
   DType dtype_ = DType::Float32;
   int64_t count_ = 0;
 };
-
-template <int N>
-DGM_INLINE Pack<F32, N> load_pack(const float* from) {
-  Pack<F32, N> x;
-  DGM_EACH x.v[i] = load(from + i * kWidth);
-  return x;
-}
-
-template <int N>
-DGM_INLINE void store_pack(float* to, Pack<F32, N> x) {
-  DGM_EACH store(to + i * kWidth, x.v[i]);
-}
 
 template <int N>
 DGM_INLINE Pack<F32, N> reciprocal(Pack<F32, N> x) {

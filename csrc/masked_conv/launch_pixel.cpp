@@ -2,7 +2,6 @@
 #include "masked_conv/launch_pixel.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <limits>
@@ -15,10 +14,6 @@ namespace {
 
 // Elements that are worth a thread: waking one costs some microseconds.
 constexpr int64_t kGrainElements = 16384;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty(sizes, at::TensorOptions(dtype)); }
 
 const float* floats(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ", tensor.scalar_type());

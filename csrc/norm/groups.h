@@ -71,13 +71,6 @@ DGM_INLINE F sigmoid_of_power(F u) {
   return reciprocal(scale_by_power(p * r + 1.0f, n) + 1.0f);
 }
 
-template <int N>
-DGM_INLINE Pack<F32, N> load_pack(const float* from) {
-  Pack<F32, N> x;
-  DGM_EACH x.v[i] = load(from + i * kWidth);
-  return x;
-}
-
 template <class Whole>
 DGM_NOINLINE void silu_channel(const float* x, int64_t ahead, int64_t count, const Channel& c, float mean, float* y) {
   const float slope = c.slope, offset = c.offset, steep = slope * kMinusLog2E, moved = offset * kMinusLog2E;

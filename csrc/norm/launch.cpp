@@ -2,7 +2,6 @@
 #include "norm/launch.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -19,8 +18,6 @@ constexpr int64_t kGrainElements = 16384;  // that are worth a thread: waking on
 // not be read from memory first (measured: a third of the time of a modulated layer norm).
 // Whether results like x go past the caches. Those in 16 bits are converted from a buffer, which must stay in them.
 bool is_large(const at::Tensor& x) { return x.numel() >= kLargeElements && x.scalar_type() == at::kFloat; }
-
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) { return at::empty(sizes, at::TensorOptions(dtype)); }
 
 Output output_of(const char* name, const at::Tensor& tensor) {
   return {tensor.mutable_data_ptr(), dtype_of(name, tensor)};
@@ -54,13 +51,6 @@ SampleRows sample_rows(const char* name, const OptionalTensor& tensor, int64_t b
   TORCH_CHECK_VALUE(size <= 1 || tensor->stride(1) == 1, name, " must have contiguous rows, got strides ",
                     tensor->strides());
   return {tensor->const_data_ptr(), dtype_of(name, *tensor), tensor->stride(0)};
-}
-
-const float* statistics_of(const char* name, const at::Tensor& tensor, int64_t count) {
-  TORCH_CHECK_VALUE(
-      tensor.is_cpu() && tensor.scalar_type() == at::kFloat && tensor.is_contiguous() && tensor.numel() == count, name,
-      " must be float32 [", count, "] and contiguous, got ", tensor.sizes());
-  return tensor.const_data_ptr<float>();
 }
 
 // Rows, samples and parts. Gate, scale and shift have a row a sample; without them all rows are of one sample.
@@ -143,8 +133,8 @@ SevenTensors rows_backward(const at::Tensor& grad, const OptionalTensor& grad_h,
   args.gate = sample_rows("gate", gate, args.batch, size);
   args.weight = parameter("weight", weight, size);
   args.scale = sample_rows("scale", scale, args.batch, size);
-  if (!rms) args.given_mean = statistics_of("mean", mean, h.numel() / size);
-  args.given_rstd = statistics_of("rstd", rstd, h.numel() / size);
+  if (!rms) args.given_mean = floats_in("mean", mean, h.numel() / size);
+  args.given_rstd = floats_in("rstd", rstd, h.numel() / size);
   at::Tensor to_h = empty(h.sizes(), h.scalar_type());
   args.to_h = output_of("h", to_h);
   at::Tensor to_x = gradient_of("x", x, args.to_x);
@@ -220,8 +210,8 @@ FiveTensors group_silu_backward(const at::Tensor& grad, const at::Tensor& x, con
                                 const at::Tensor& mean, const at::Tensor& rstd, int64_t groups) {
   GroupArgs args = group_args(x, weight, bias, scale, shift, groups);
   args.grad = operand("grad", grad, x);
-  args.given_mean = statistics_of("mean", mean, args.batch * groups);
-  args.given_rstd = statistics_of("rstd", rstd, args.batch * groups);
+  args.given_mean = floats_in("mean", mean, args.batch * groups);
+  args.given_rstd = floats_in("rstd", rstd, args.batch * groups);
   at::Tensor to_x = empty(x.sizes(), x.scalar_type());
   args.to_x = output_of("x", to_x);
   const at::Tensor partials = empty({args.batch, 2, args.channels}, at::kFloat);

@@ -3,6 +3,7 @@
 
 #include "common/elementary.h"
 #include "common/panel.h"
+#include "common/runs.h"
 #include "norm/args.h"
 
 namespace dgm::norm {
@@ -11,13 +12,6 @@ namespace DGM_ISA_NAMESPACE {
 using namespace ::dgm::DGM_ISA_NAMESPACE;
 
 namespace {
-
-// How a vector of a row is read and written: as it is, or, at the end, as far as there are elements.
-struct Full {
-  DGM_INLINE_METHOD F32 load(const float* from) const { return ::dgm::DGM_ISA_NAMESPACE::load(from); }
-  DGM_INLINE_METHOD void store(float* to, F32 value) const { ::dgm::DGM_ISA_NAMESPACE::store(to, value); }
-  DGM_INLINE_METHOD F32 keep(F32 value) const { return value; }
-};
 
 // Past the caches, to a whole cache line.
 struct Streamed : Full {
@@ -29,20 +23,6 @@ struct Streamed : Full {
 #endif
   }
 };
-
-struct Some {
-  int64_t count;
-  DGM_INLINE_METHOD F32 load(const float* from) const { return load_part(from, count); }
-  DGM_INLINE_METHOD void store(float* to, F32 value) const { std::memcpy(to, &value, count * sizeof(float)); }
-  DGM_INLINE_METHOD F32 keep(F32 value) const { return keep_first(count, value); }
-};
-
-template <class Whole = Full, class Vector>
-DGM_INLINE void for_each_vector(int64_t count, const Vector& vector) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) vector(i, Whole{});
-  if (i < count) vector(i, Some{count - i});
-}
 
 // Sums of kSums terms over a row; term(i, access, terms) computes those of the vector at i. Four sums of each run side
 // by side: one would wait for every addition.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._core import layout, ops
+from .._core.autocast import elementwise_dtype
 from .._core.backends import select
 from .._core.checks import check_batch, check_device, check_float
 from . import op, reference
@@ -103,21 +104,11 @@ def _checked_region(x: Tensor, shift: Tensor, mask: Tensor | str | None) -> Regi
     return region
 
 
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
-    """What eager PyTorch gives: promotion, and float32 at least under CUDA's autocast, where exp is computed so."""
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if tensors[0].is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.promote_types(dtype, torch.float32)
-    return dtype
-
-
 def _affine(
     x: Tensor, shift: Tensor, log_scale: Tensor | None, region: Region, scale_map: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     given = (x, shift) if log_scale is None else (x, shift, log_scale)
-    dtype = _result_dtype(*given)
+    dtype = elementwise_dtype(*given)
     backend = select(x.device, given, natives=op.BACKENDS)
     if backend == "reference":
         return reference.affine_coupling(x, shift, log_scale, region, scale_map, inverse, dtype)
@@ -184,7 +175,7 @@ def rational_quadratic_spline(
     if tails is None:
         check_domain(x, bound)
     given = (x, widths, heights, derivatives)
-    dtype = _result_dtype(*given)
+    dtype = elementwise_dtype(*given)
     refusal = f"a spline of more than {op.MAX_BINS} bins" if widths.shape[-1] > op.MAX_BINS else None
     backend = select(x.device, given, refusal, natives=op.BACKENDS)
     if backend == "reference":

@@ -11,7 +11,15 @@ from .._core.backends import select
 from .._core.checks import check_batch, check_float
 from .._core.noise import NO_NOISE, NoiseKey, OpArgs, noise_args
 from . import op, reference
-from .checks import check_draws, check_free_bits, check_gaussian, check_number, check_prior, check_scale_tril
+from .checks import (
+    check_draws,
+    check_free_bits,
+    check_gaussian,
+    check_number,
+    check_prior,
+    check_prior_log_var,
+    check_scale_tril,
+)
 from .quantize import VectorQuantized, vector_quantize
 
 __all__ = [
@@ -103,7 +111,7 @@ def lognormal_sample_kl(
         log_var: like ``mu``, logarithm of the variance of log z.
         noise: a key, a tensor like ``mu``, or None: a fresh seed from PyTorch's generator.
         prior_mu: mean of log z under the prior.
-        prior_log_var: logarithm of its variance.
+        prior_log_var: logarithm of its variance, in [-80, 80].
         free_bits: nats that every element of every sample counts for at least, as in :func:`gaussian_sample_kl`.
 
     Returns:
@@ -115,7 +123,7 @@ def lognormal_sample_kl(
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, of a log-normal posterior and prior.
     """
-    prior = check_number("prior_mu", prior_mu), check_number("prior_log_var", prior_log_var)
+    prior = check_number("prior_mu", prior_mu), check_prior_log_var(prior_log_var)
     return _sample(mu, log_var, noise, check_free_bits(free_bits), True, *prior)
 
 

@@ -21,6 +21,14 @@ def check_number(name: str, value: object) -> float:
     return number
 
 
+def check_prior_log_var(value: object) -> float:
+    """A number whose exponential, the prior's variance or precision, float32 holds with digits to spare."""
+    number = check_number("prior_log_var", value)
+    if not -80 <= number <= 80:
+        raise ValueError(f"prior_log_var must be in [-80, 80], got {number}")
+    return number
+
+
 def check_free_bits(value: object) -> float:
     """Nats that an element counts for at least."""
     number = check_number("free_bits", value)

@@ -39,11 +39,16 @@ def drawn_steps(shape: torch.Size, like: Tensor, args: OpArgs, dtype: torch.dtyp
 def divergence(mu: Tensor, log_var: Tensor, prior_mu: Tensor | float, prior_log_var: Tensor | float) -> Tensor:
     """KL of every element: ``0.5 (exp(a) - 1 - a + (mu - m)^2 exp(-b))`` with a = log_var - b, b = prior_log_var.
 
-    ``exp(a) - 1`` is one function, which keeps its digits where the two variances are near each other.
+    ``exp(a) - 1`` is one function, which keeps its digits where the two variances are near each other. The square is
+    taken of ``(mu - m) exp(-b / 2)``, finite where exp(-b) may be infinite.
     """
     a = log_var - prior_log_var
-    precision = torch.exp(-prior_log_var) if isinstance(prior_log_var, Tensor) else math.exp(-prior_log_var)
-    return 0.5 * (torch.expm1(a) - a + (mu - prior_mu).square() * precision)
+    if isinstance(prior_log_var, Tensor):
+        most = math.log(torch.finfo(prior_log_var.dtype).max) - 0.7
+        inverse_sigma: Tensor | float = torch.exp((-0.5 * prior_log_var).clamp(max=most))
+    else:
+        inverse_sigma = math.exp(-0.5 * prior_log_var)
+    return 0.5 * (torch.expm1(a) - a + ((mu - prior_mu) * inverse_sigma).square())
 
 
 def kl_sum(kl: Tensor, free_bits: float) -> Tensor:

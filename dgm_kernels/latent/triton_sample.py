@@ -67,6 +67,12 @@ def _exp_minus_one(x):
 
 
 @triton.jit
+def _inverse_sigma(log_var):
+    """Finite where its square, the precision, may not be."""
+    return tl.exp(tl.minimum(-0.5 * log_var, 88.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _noise(
     noise_ptr, key, row, first, at, exists, step,
     DRAWN: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
@@ -158,7 +164,8 @@ def kl_kernel(
     a = _load(log_var_ptr, row * _aligned(log_var_stride, ALIGNED) + column, exists) - b
     d = _load(mu_ptr, row * _aligned(mu_stride, ALIGNED) + column, exists)
     d -= _load_or_zero(prior_mu_ptr, row * _aligned(prior_mu_stride, ALIGNED) + column, exists)
-    kl = 0.5 * (_exp_minus_one(a) - a + d * d * tl.exp(-b))
+    d *= _inverse_sigma(b)
+    kl = 0.5 * (_exp_minus_one(a) - a + d * d)
     kl = tl.where(kl < free_bits, free_bits, kl)
     total = tl.sum(tl.where(exists, kl, 0.0), axis=1, keep_dims=True)
     tl.store(partial_ptr + row * blocks + first // COLUMNS, total, in_batch)
@@ -180,16 +187,17 @@ def kl_backward_kernel(
     a = _load(log_var_ptr, row * _aligned(log_var_stride, ALIGNED) + column, exists) - b
     d = _load(mu_ptr, row * _aligned(mu_stride, ALIGNED) + column, exists)
     d -= _load_or_zero(prior_mu_ptr, row * _aligned(prior_mu_stride, ALIGNED) + column, exists)
-    weighted = d * tl.exp(-b)
+    inverse_sigma = _inverse_sigma(b)
+    d *= inverse_sigma
     slope = _exp_minus_one(a)
-    kl = 0.5 * (slope - a + d * weighted)
+    kl = 0.5 * (slope - a + d * d)
     k = tl.where(kl < free_bits, 0.0, tl.load(grad_ptr + row))
-    tl.store(to_mu_ptr + at, k * weighted, exists)
+    tl.store(to_mu_ptr + at, k * (d * inverse_sigma), exists)
     tl.store(to_log_var_ptr + at, 0.5 * k * slope, exists)
     if to_prior_mu_ptr is not None:
-        tl.store(to_prior_mu_ptr + at, -k * weighted, exists)
+        tl.store(to_prior_mu_ptr + at, -k * (d * inverse_sigma), exists)
     if to_prior_log_var_ptr is not None:
-        tl.store(to_prior_log_var_ptr + at, -0.5 * k * (slope + d * weighted), exists)
+        tl.store(to_prior_log_var_ptr + at, -0.5 * k * (slope + d * d), exists)
 
 
 # ---- Importance samples: ``programs`` programs a draw

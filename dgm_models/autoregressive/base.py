@@ -79,7 +79,7 @@ class Autoregressive(GenerativeModel):
             self._check_data(x)
         else:
             self._check_batch(x)
-        each = self._log_probs(x, self._labels(cond, x.shape[0]))
+        each = self._log_probs(x, self._check_classes(cond, x.shape[0]))
         return {"nll": -(each if self.training else log_mean_exp(each)).mean()}
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class Autoregressive(GenerativeModel):
         """
         self._check_data(x)
         with self._evaluating():
-            return log_mean_exp(self._log_probs(x, self._labels(cond, x.shape[0])))
+            return log_mean_exp(self._log_probs(x, self._check_classes(cond, x.shape[0])))
 
     def _log_probs(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Those of each network, ``[networks, batch]``."""
@@ -129,7 +129,7 @@ class Autoregressive(GenerativeModel):
             known: samples whose pixels are given where ``mask`` is 1, to be completed; both broadcast to the samples.
             mask: 1 (or True) where ``known`` is kept, 0 where the model draws.
         """
-        (given, kept), labels = self._given(known, mask, n), self._labels(cond, n)
+        (given, kept), labels = self._given(known, mask, n), self._check_classes(cond, n)
         # The choice of a network has a uniform number of its own.
         key = NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE)
         like = torch.empty(n, 1, device=self.device, dtype=torch.float32)
@@ -232,20 +232,6 @@ class Autoregressive(GenerativeModel):
         """The x of grey levels, rounded once to the dtype of the model."""
         wide = torch.promote_types(self.dtype, torch.float32)
         return (level.to(wide) * (2 / (self.levels - 1)) - 1).to(self.dtype)
-
-    def _labels(self, cond: Tensor | None, n: int) -> Tensor | None:
-        """The classes of n samples, checked."""
-        cond = self._check_cond(cond, n)
-        if self.num_classes is None:
-            return None
-        if cond is None:
-            raise ValueError(f"cond must be given: this {self.model_name} is conditional (config: num_classes)")
-        if cond.dtype != torch.int64 or cond.dim() != 1:
-            raise TypeError(f"cond must be int64 of shape [batch], got {cond.dtype} of shape {tuple(cond.shape)}")
-        # Looking at the values of a tensor on another device would wait for it.
-        if cond.device.type == "cpu" and not bool(((cond >= 0) & (cond < self.num_classes)).all()):
-            raise ValueError(f"cond must be in 0 .. {self.num_classes - 1}, got {cond.tolist()}")
-        return cond
 
 
 def check_output(output: str | None, levels: int) -> str:

@@ -14,13 +14,12 @@ import dgm_kernels
 from dgm_kernels import NoiseKey, noise_like
 from dgm_kernels.nn import Reversible
 
+from ..dequantized import DequantizedModel
 from ..model import (
-    GenerativeModel,
     Stream,
     check_batch,
     check_flag,
     check_number,
-    check_positive,
     check_positive_number,
     check_sizes,
 )
@@ -29,7 +28,7 @@ from .layers import Standardization
 BASES = ("normal", "logistic")
 
 
-class Flow(GenerativeModel):
+class Flow(DequantizedModel):
     """An invertible map f from data to noise: ``log p(x) = log base(f(x)) + log abs(det df/dx)``.
 
     This is the base class of the families, and no model by itself: a family is a subclass whose arguments are JSON
@@ -61,25 +60,16 @@ class Flow(GenerativeModel):
         level_noise: float = 0.0,
         reversible: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(image_shape, levels)
         if base not in BASES:
             raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
-        if levels is not None and check_positive("levels", levels) < 2:
-            raise ValueError(f"levels must be at least 2, got {levels}")
         if not 0 < check_number("margin", margin) < 0.5:
             raise ValueError(f"margin must be in (0, 0.5), got {margin!r}")
         if not 0 <= check_number("level_noise", level_noise) <= 1:
             raise ValueError(f"level_noise must be in [0, 1], got {level_noise!r}")
-        self.sample_shape = check_sizes("image_shape", image_shape)
-        self.base, self.levels, self.margin, self.level_noise = base, levels, margin, level_noise
-        self.exact_likelihood = levels is None
+        self.base, self.margin, self.level_noise = base, margin, level_noise
         chain = [Standardization(self.elements), *layers]
         self.flow = Reversible(chain) if check_flag("reversible", reversible) else Chain(chain)
-
-    @property
-    def elements(self) -> int:
-        """Numbers in one sample."""
-        return elements(self.sample_shape)
 
     @property
     def standardization(self) -> Standardization:
@@ -125,49 +115,11 @@ class Flow(GenerativeModel):
             return dgm_kernels.logistic_log_prob(z, logdet)
         return dgm_kernels.standard_normal_log_prob(z, logdet)
 
-    def loss_parts(self, x: Tensor, cond: Tensor | None = None, *, key: NoiseKey | None = None) -> dict[str, Tensor]:
-        """``nll``: the mean negative log-likelihood, in nats for each element of a sample."""
-        self._check_batch(x)
-        self._check_cond(cond, x.shape[0])
-        key = NoiseKey.draw(device=x.device) if key is None else key
-        if self.levels is not None and self.training and self.level_noise:
-            x = self._move_levels(x, self.levels, dataclasses.replace(key, stream=Stream.LEVEL_NOISE))
-        noise = dataclasses.replace(key, stream=Stream.TRAINING_NOISE)
-        return {"nll": -self._log_prob(x, noise).mean() / self.elements}
-
-    def log_prob(self, x: Tensor, cond: Tensor | None = None, *, seed: int = 0, first_sample: int = 0) -> Tensor:
-        """Exact log-density in nats, ``[batch]``; that of grey levels after dequantisation with fixed noise.
-
-        For grey levels the density is per level, so that its expectation over the noise is a lower bound of the
-        log-probability; :meth:`elbo` with k > 1 is a tighter one.
-
-        Args:
-            x: ``[batch, *image_shape]``; on the grey levels unless ``levels`` is None.
-            cond: None.
-            seed, first_sample: name the noise of the dequantisation, as in ``sample``.
-        """
-        self._check_data(x)
-        self._check_cond(cond, x.shape[0])
-        with self._evaluating():
-            return self._log_prob(x, NoiseKey(seed, first_sample, stream=Stream.BOUND))
-
-    @torch.no_grad()
-    def elbo(
-        self, x: Tensor, k: int = 1, cond: Tensor | None = None, *, seed: int = 0, first_sample: int = 0
-    ) -> Tensor:
-        """A lower bound of the log-probability of grey levels in nats: log of the mean density of k dequantisations.
-
-        Of continuous data it is the log-density itself. Arguments as in :meth:`log_prob`.
-        """
-        k = check_positive("k", k)
-        if self.levels is None:
-            return self.log_prob(x, cond)
-        self._check_data(x)
-        self._check_cond(cond, x.shape[0])
-        with self._evaluating():
-            key = NoiseKey(seed, first_sample, stream=Stream.BOUND)
-            draws = torch.stack([self._log_prob(x, key.at(draw)) for draw in range(k)])
-        return draws.logsumexp(0) - math.log(k)
+    def _training_samples(self, x: Tensor, key: NoiseKey) -> Tensor:
+        """x with some of its levels moved."""
+        if self.levels is None or not self.training or not self.level_noise:
+            return x
+        return self._move_levels(x, self.levels, dataclasses.replace(key, stream=Stream.LEVEL_NOISE))
 
     def _sample(  # type: ignore[override]
         self, n: int, seed: int, cond: Tensor | None, first_sample: int, *, temperature: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -132,14 +133,14 @@ class LatentVariable(GenerativeModel):
             self._check_data(x)
         else:
             self._check_batch(x)
-        cond = self._labels(cond, x.shape[0])
+        cond = self._check_classes(cond, x.shape[0])
         key = NoiseKey.draw(device=x.device) if key is None else key
         parts = self._loss_parts(x, cond, dataclasses.replace(key, stream=Stream.TRAINING_NOISE))
         return {name: part.mean() / self.elements for name, part in parts.items()}
 
+    @abstractmethod
     def _loss_parts(self, x: Tensor, cond: Tensor | None, key: NoiseKey) -> dict[str, Tensor]:
         """The same in nats, ``[batch]`` each."""
-        raise NotImplementedError
 
     def _draw(self, posterior: Posterior, key: NoiseKey, free_bits: float = 0.0) -> tuple[Tensor, Tensor]:
         """One z of each sample, ``[batch, D]``, and ``KL(q || p)`` in nats, ``[batch]``."""
@@ -200,7 +201,7 @@ class LatentVariable(GenerativeModel):
         """
         k = check_positive("k", k)
         self._check_data(x)
-        cond = self._labels(cond, x.shape[0])
+        cond = self._check_classes(cond, x.shape[0])
         key = NoiseKey(seed, first_sample, stream=Stream.BOUND)
         with self._evaluating():
             if k == 1:
@@ -221,7 +222,7 @@ class LatentVariable(GenerativeModel):
         """
         k = check_positive("k", k)
         self._check_data(x)
-        cond = self._labels(cond, x.shape[0])
+        cond = self._check_classes(cond, x.shape[0])
         key = NoiseKey(seed, first_sample, stream=Stream.BOUND)
         like = x.new_empty(len(x), self.latent)
         with self._evaluating():
@@ -241,28 +242,10 @@ class LatentVariable(GenerativeModel):
             temperature: factor on the noise of z, positive; less than 1 stays nearer to the mode of the prior.
         """
         temperature = check_positive_number("temperature", temperature)
-        cond = self._labels(cond, n)
+        cond = self._check_classes(cond, n)
         like = torch.empty(n, self.latent, device=self.device, dtype=self.dtype)
         u = temperature * noise_like(like, NoiseKey(seed, first_sample, stream=Stream.INITIAL_STATE))
         return self.observation.sample(self.decode(self.latents(u), cond), NoiseKey(seed, first_sample))
-
-    def _labels(self, cond: Tensor | None, n: int) -> Tensor | None:
-        """The classes of n samples, checked."""
-        cond = self._check_cond(cond, n)
-        if self.num_classes is None:
-            return None
-        if cond is None:
-            raise ValueError(f"cond must be given: this {self.model_name} is conditional (config: num_classes)")
-        if cond.dtype != torch.int64 or cond.dim() != 1:
-            raise TypeError(f"cond must be int64 of shape [batch], got {cond.dtype} of shape {tuple(cond.shape)}")
-        # Looking at the values of a tensor on another device would wait for it.
-        if (
-            cond.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not bool(((cond >= 0) & (cond < self.num_classes)).all())
-        ):
-            raise ValueError(f"cond must be in 0 .. {self.num_classes - 1}, got {cond.tolist()}")
-        return cond
 
 
 def check_weight(name: str, value: float) -> float:

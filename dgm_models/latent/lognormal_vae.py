@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,11 +11,12 @@ import dgm_kernels
 from dgm_kernels import NoiseKey
 
 from ..registry import register_model
-from .base import LatentVariable, Posterior, check_weight
+from .base import Posterior
+from .vae import VAE
 
 
 @register_model("lognormal_vae")
-class LogNormalVAE(LatentVariable):
+class LogNormalVAE(VAE):
     """``z = exp(mu(x) + sigma(x) eps)`` with the prior ``log z ~ N(0, I)``.
 
     The logarithm has an inverse and no parameters, so ``KL(q(z | x) || p(z))`` is that of the two normal distributions
@@ -33,8 +33,6 @@ class LogNormalVAE(LatentVariable):
     Source: Kingma and Welling, "Auto-encoding variational Bayes", 2014, section 2.4 (log-normal variables as functions
     of normal ones).
     """
-
-    default_settings: ClassVar = {"steps": 2500, "batch_size": 100, "validation_draws": 1}
 
     def __init__(
         self,
@@ -69,12 +67,13 @@ class LogNormalVAE(LatentVariable):
             depth=depth,
             dropout=dropout,
             posterior="diagonal",
+            beta=beta,
+            free_bits=free_bits,
             output=output,
             levels=levels,
             mixtures=mixtures,
             num_classes=num_classes,
         )
-        self.beta, self.free_bits = check_weight("beta", beta), check_weight("free_bits", free_bits)
 
     def latents(self, u: Tensor) -> Tensor:
         """``exp(u)``."""
@@ -84,8 +83,3 @@ class LogNormalVAE(LatentVariable):
         """Both in one pass."""
         assert posterior.log_var is not None
         return dgm_kernels.lognormal_sample_kl(posterior.mu, posterior.log_var, key, free_bits=free_bits)
-
-    def _loss_parts(self, x: Tensor, cond: Tensor | None, key: NoiseKey) -> dict[str, Tensor]:
-        """``reconstruction`` and ``kl``, the latter times beta."""
-        z, kl = self._draw(self.posterior(x, cond), key, self.free_bits)
-        return {"reconstruction": -self._log_likelihood(x, z[None], cond)[0], "kl": self.beta * kl}
