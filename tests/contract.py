@@ -4,14 +4,17 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +31,17 @@ def assert_parity(op_out: Outputs, eager_out: Outputs, ref64_out: Outputs, tiny:
         assert eager_error < float("inf"), f"output {index}: eager itself is off by {eager_error}: no bound follows"
         bound = 2 * eager_error + tiny
         assert error <= bound, f"output {index}: error {error:.3e} > {bound:.3e} (eager: {eager_error:.3e})"
+
+
+def assert_close_by_size(
+    actual: Outputs, expected: Outputs, rtol: float, atol: float | None = None, name: str = "output"
+) -> None:
+    """Close; ``atol`` (None: ``rtol``) counts in the largest finite element of each expected output, if above 1."""
+    for index, (a, e) in enumerate(_paired(actual, expected)):
+        finite = e.detach()[e.isfinite()].abs()
+        size = max(1.0, float(finite.max())) if finite.numel() else 1.0
+        allowed = (rtol if atol is None else atol) * size
+        torch.testing.assert_close(a, e, rtol=rtol, atol=allowed, msg=lambda text, at=index: f"{name} {at}: {text}")
 
 
 def max_error(actual: Tensor, reference: Tensor) -> float:
@@ -62,6 +76,24 @@ def strided_variants(tensor: Tensor) -> Iterator[Tensor]:
             one = first.clone()
             strides = [0 if d == dim else stride for d, stride in enumerate(one.stride())]
             yield _like(tensor, one.as_strided(source.shape, strides))
+
+
+def in_every_layout(operands: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The operands, one of them in another layout: every operand in each of its :func:`strided_variants`."""
+    for index, operand in enumerate(operands):
+        for variant in strided_variants(operand):
+            yield [*operands[:index], variant, *operands[index + 1 :]]
+
+
+def expanded_and_dense(operands: Sequence[Tensor], indices: Sequence[int] | None = None) -> Iterator[Any]:
+    """Two lists of the operands, one of them the same all along a dimension: expanded (stride 0), and copied.
+
+    Every dimension of every operand in turn, or of those at ``indices``.
+    """
+    for index in range(len(operands)) if indices is None else indices:
+        for dim in range(operands[index].dim()):
+            wide = operands[index].narrow(dim, 0, 1).expand(operands[index].shape)
+            yield tuple([*operands[:index], one, *operands[index + 1 :]] for one in (wide, wide.clone()))
 
 
 def _reversed_dims(tensor: Tensor) -> tuple[int, ...]:
@@ -101,10 +133,103 @@ def assert_inputs_unchanged(*tensors: Tensor) -> Iterator[None]:
 
 def assert_bitwise_repeatable(fn: Callable[[], Outputs], runs: int = 3) -> None:
     """Fails unless every call of fn() gives the same bits."""
-    first = _tensors(fn())
+    first = tensors_of(fn())
     for run in range(1, runs):
         for index, (expected, actual) in enumerate(_paired(first, fn())):
             assert _equal_bits(actual, expected), f"output {index} of run {run} differs from that of run 0"
+
+
+def assert_threads_change_no_bit(fn: Callable[[], Outputs], thread_counts: Sequence[int]) -> None:
+    """fn() gives the same bits with each number of threads; the fixture ``thread_counts`` sets the old one again."""
+    counts = iter(thread_counts)
+
+    def run() -> Outputs:
+        torch.set_num_threads(next(counts))
+        return fn()
+
+    assert_bitwise_repeatable(run, runs=len(thread_counts))
+
+
+def with_grads(
+    fn: Callable[..., Outputs], operands: Sequence[Tensor], count: int | None = None, constant: bool = False
+) -> list[Tensor]:
+    """fn's outputs, and the gradients of a sum that weighs every element of every output differently.
+
+    Args:
+        count: how many of the operands, from the first on, get a gradient; None for all.
+        constant: whether outputs may depend on no operand. Else that is an error.
+    """
+    count = len(operands) if count is None else count
+    leaves = [operand.detach().requires_grad_(index < count) for index, operand in enumerate(operands)]
+    outputs = tensors_of(fn(*leaves))
+    roots = [output for output in outputs if output.requires_grad or not constant] if count else []
+    weights = [torch.linspace(-1, 2, root.numel()).view(root.shape).to(root) for root in roots]
+    grads = torch.autograd.grad(roots, leaves[:count], weights) if roots else ()
+    return [tensor.detach() for tensor in (*outputs, *grads)]
+
+
+def incoming_gradients(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """The same incoming gradients for outputs of any dtype on any device; exact in 16 bits."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]
+
+
+def values_and_gradients(
+    fn: Callable[..., Outputs], operands: Sequence[Tensor], which: Sequence[int] | None = None
+) -> list[Tensor]:
+    """fn's outputs, then the operands' gradients for :func:`incoming_gradients` of the outputs ``which`` (None: all).
+
+    Of what an operand has no part in, its gradient is 0.
+    """
+    leaves = [operand.detach().requires_grad_() for operand in operands]
+    outputs = tensors_of(fn(*leaves))
+    weights = incoming_gradients(outputs)
+    used = [i for i, o in enumerate(outputs) if o.requires_grad and (which is None or i in which)]
+    gradients = torch.autograd.grad(
+        [outputs[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True, materialize_grads=True
+    )
+    return [tensor.detach() for tensor in (*outputs, *gradients)]
+
+
+# Incoming gradients of 1 as they lie in memory: as ``sum`` gives them, one for each sample, transposed, and with gaps.
+LAYOUTS_OF_ONES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda y: torch.ones(()).expand(y.shape),
+    lambda y: torch.ones(*y.shape[:1], *[1] * (y.dim() - 1)).expand(y.shape),
+    lambda y: torch.ones(tuple(reversed(y.shape))).permute(*reversed(range(y.dim()))),
+    lambda y: torch.full((*y.shape, 2), torch.nan)[..., 0].fill_(1.0),
+)
+
+
+def saved_bytes(fn: Callable[..., Outputs], operands: Sequence[Tensor]) -> tuple[int, Outputs]:
+    """What autograd keeps of a call beside the operands themselves, and the call's outputs."""
+    given = {operand.untyped_storage().data_ptr() for operand in operands}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = fn(*operands)
+    return sum(kept.values()), outputs
+
+
+def assert_any_subset_of_gradients(total: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
+    """Whichever operands ask for a gradient of ``total(*operands)`` get that of a call in which all do; others none."""
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    for wanted in itertools.product((False, True), repeat=len(operands)):
+        leaves = [operand.clone().requires_grad_(want) for operand, want in zip(operands, wanted, strict=True)]
+        value = total(*leaves)
+        assert value.requires_grad == any(wanted)
+        if value.requires_grad:
+            value.backward()
+        for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
+            assert (leaf.grad is not None) == want
+            if want:
+                torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-6)
 
 
 def assert_compiles(
@@ -146,9 +271,72 @@ def assert_vmap(fn: Callable[..., Outputs], args: Sequence[Any], in_dims: int | 
     looped = []
     for i in range(size):
         row = [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True)]
-        looped.append(_tensors(fn(*row)))
+        looped.append(tensors_of(fn(*row)))
     expected = [torch.stack(outputs) for outputs in zip(*looped, strict=True)]
-    torch.testing.assert_close(_tensors(torch.func.vmap(fn, in_dims=dims)(*args)), expected, equal_nan=True)
+    torch.testing.assert_close(tensors_of(torch.func.vmap(fn, in_dims=dims)(*args)), expected, equal_nan=True)
+
+
+def stacked(make: Callable[[], Sequence[Tensor]], count: int = 3) -> list[Tensor]:
+    """The operands of several calls, each with one more dimension in front."""
+    return [torch.stack(parts) for parts in zip(*(make() for _ in range(count)), strict=True)]
+
+
+def assert_vmap_of_one(fn: Callable[..., Outputs], operands: Sequence[Tensor], mapped: int) -> None:
+    """:func:`assert_vmap` over the first dimension of one of the :func:`stacked` operands; the others are the first."""
+    dims = tuple(0 if index == mapped else None for index in range(len(operands)))
+    args = [operand if dim == 0 else operand[0] for operand, dim in zip(operands, dims, strict=True)]
+    assert_vmap(fn, args, dims)
+
+
+def sum_of_sines(outputs: Outputs) -> Tensor:
+    """A number that depends on every floating-point output, and not linearly."""
+    return sum(output.sin().sum() for output in tensors_of(outputs) if output.is_floating_point())
+
+
+def assert_functional_transforms(
+    fn: Callable[..., Outputs],
+    operands: Sequence[Tensor],
+    tolerances: Sequence[tuple[torch.dtype, float]] = ((torch.float64, 1e-7),),
+) -> tuple[Tensor, ...]:
+    """torch.func's gradient and directional derivative are those of autograd, which are returned.
+
+    The derivative is computed in each of the dtypes and may be off by its tolerance, relative and absolute.
+    """
+
+    def total(*operands: Tensor) -> Tensor:
+        return sum_of_sines(fn(*operands))
+
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    expected = torch.autograd.grad(total(*leaves), leaves)
+    actual = torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands)
+    torch.testing.assert_close(actual, expected)
+    tangents = tuple(torch.randn_like(operand) for operand in operands)
+    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
+    for dtype, tolerance in tolerances:
+        primals, directions = (tuple(t.to(dtype) for t in tensors) for tensors in (operands, tangents))
+        _, derivative = torch.func.jvp(total, primals, directions)
+        torch.testing.assert_close(derivative.to(along.dtype), along, rtol=tolerance, atol=tolerance)
+    return expected
+
+
+def tangents_of(
+    fn: Callable[..., Outputs],
+    eager: Callable[..., Outputs],
+    operands: Sequence[Tensor],
+    tangents: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tangents of fn's outputs for dual numbers, and eager's by torch.func.jvp in float64; both as float64.
+
+    Along ``tangents``, or in a random direction. No tangent is one of zeros.
+    """
+    along = [torch.randn_like(operand) for operand in operands] if tangents is None else tangents
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(o, t) for o, t in zip(operands, along, strict=True)]
+        found = [forward_ad.unpack_dual(output).tangent for output in tensors_of(fn(*duals))]
+    wide, directions = (tuple(t.double() for t in tensors) for tensors in (operands, along))
+    expected = tensors_of(torch.func.jvp(eager, wide, directions)[1])
+    pairs = zip(found, expected, strict=True)
+    return [torch.zeros_like(e) if tangent is None else tangent.double() for tangent, e in pairs], expected
 
 
 def assert_passes_interpreted(file: str) -> None:
@@ -162,27 +350,49 @@ def assert_passes_interpreted(file: str) -> None:
 def _outputs_and_grads(fn: Callable[..., Outputs], args: Sequence[Any]) -> list[Tensor]:
     """fn's outputs, then the gradients of their sum with respect to the arguments that require one."""
     args = [arg.detach().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args]
-    outputs = _tensors(fn(*args))
+    outputs = tensors_of(fn(*args))
     inputs = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     roots = [output.sum() for output in outputs if output.requires_grad]
     grads = torch.autograd.grad(roots, inputs, allow_unused=True, materialize_grads=True) if roots and inputs else ()
     return [tensor.detach() for tensor in (*outputs, *grads)]
 
 
-def _tensors(outputs: Outputs) -> list[Tensor]:
+def tensors_of(outputs: Outputs) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
 
 
+_BEFORE = "import sys, torch\nfrom dgm_kernels import backends\ntorch.manual_seed(0)\n"
+_AFTER = '\ntorch.save(outputs, sys.argv[-1])\nprint(backends()["cpp"])\n'
+
+
 def results_of_instruction_sets(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What a script saves to its last argument under each instruction set that this CPU has; it prints the backend."""
+    """What a script leaves in ``outputs`` under each instruction set that this CPU has, the default one among them.
+
+    It finds torch imported and its generator seeded, and the arguments from ``sys.argv[1]`` on.
+    """
     results = {}
     for isa in ("default", "avx2", "avx512"):
-        command = [sys.executable, "-c", script, *arguments, str(folder / isa)]
+        command = [sys.executable, "-c", _BEFORE + script + _AFTER, *arguments, str(folder / isa)]
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
         if isa in done.stdout:
             results[isa] = torch.load(folder / isa)
+    assert "default" in results, "the default instruction set is on every CPU"
     return results
+
+
+def assert_instruction_sets_agree(script: str, folder: Path, float32: float, others: float) -> None:
+    """The script's ``outputs``, a list of lists of tensors, are the default instruction set's, by their sizes.
+
+    Args:
+        float32: the tolerance for float32; ``others`` is that for every other dtype.
+    """
+    results = results_of_instruction_sets(script, folder)
+    for isa, outputs in results.items():
+        for index, (ours, theirs) in enumerate(zip(outputs, results["default"], strict=True)):
+            for a, b in zip(ours, theirs, strict=True):
+                tolerance = float32 if a.dtype == torch.float32 else others
+                assert_close_by_size(a, b, tolerance, name=f"{isa}, call {index}, output")
 
 
 def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -198,9 +408,44 @@ def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
+@contextmanager
+def assert_never_waits() -> Iterator[None]:
+    """Fails if the block waits for the CUDA device, or if a call that surely does went unnoticed."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device="cuda").item()
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def record_native_calls() -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """The native ops that the block runs, gradients included: the backend of each, and the tensors that it gave."""
+    calls: list[tuple[str, list[Tensor]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            outputs = func(*args, **(kwargs or {}))
+            if func.namespace == "dgm":  # an overload is named after its backend
+                calls.append((func.name().rpartition(".")[2], tensors_of(outputs)))
+            return outputs
+
+    with Recorder():
+        yield calls
+
+
+def compiled_usage(specs: Iterable[Any], name: str) -> Any:
+    """What a GPU of compute capability 9.0 needs for the kernel of this name among those of ``aot_specs()``."""
+    from bench.aot import Spec, compile_spec
+
+    return compile_spec(next(Spec(*found) for found in specs if found[0] == name), 90)
+
+
 def _paired(*outputs: Outputs) -> list[tuple[Tensor, ...]]:
     """First outputs together, then second ones, and so on; fails unless all have as many."""
-    columns = [_tensors(output) for output in outputs]
+    columns = [tensors_of(output) for output in outputs]
     counts = [len(column) for column in columns]
     assert len(set(counts)) == 1, f"numbers of outputs differ: {counts}"
     return list(zip(*columns, strict=True))
