@@ -67,7 +67,7 @@ fi
 if wanted tests; then
   if has_module pytest; then
     targets=(tests)
-    [[ -z $only ]] || targets=(tests/test_"$only"*.py)
+    [[ -z $only ]] || targets=(tests/test_"$only"*.py tests/test_every_op_gpu.py)
     step tests "$python" -m pytest "${targets[@]}" -m gpu -q
   else
     skip tests "pytest is not installed"

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.contract")
+import dgm_kernels
+
+pytest.register_assert_rewrite("tests.autoregressive_checks", "tests.contract", "tests.gradients", "tests.model_checks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,3 +53,13 @@ def thread_counts() -> Iterator[tuple[int, ...]]:
     before = torch.get_num_threads()
     yield 1, 2, 3
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_triton() -> Iterator[None]:
+    """Every op runs its Triton kernels; a test that cannot is skipped."""
+    state = dgm_kernels.backends()["triton"]
+    if not state.startswith("available"):
+        pytest.skip(state)
+    with dgm_kernels.use_backend("triton"):
+        yield

@@ -139,97 +139,17 @@ def assert_bitwise_repeatable(fn: Callable[[], Outputs], runs: int = 3) -> None:
             assert _equal_bits(actual, expected), f"output {index} of run {run} differs from that of run 0"
 
 
-def assert_threads_change_no_bit(fn: Callable[[], Outputs], thread_counts: Sequence[int]) -> None:
-    """fn() gives the same bits with each number of threads; the fixture ``thread_counts`` sets the old one again."""
-    counts = iter(thread_counts)
+def assert_threads_agree(fn: Callable[[], Outputs], thread_counts: Sequence[int], tolerance: float = 0.0) -> None:
+    """fn() gives the same numbers, none of them NaN, with each number of threads; to a tolerance by their size.
 
-    def run() -> Outputs:
-        torch.set_num_threads(next(counts))
-        return fn()
-
-    assert_bitwise_repeatable(run, runs=len(thread_counts))
-
-
-def with_grads(
-    fn: Callable[..., Outputs], operands: Sequence[Tensor], count: int | None = None, constant: bool = False
-) -> list[Tensor]:
-    """fn's outputs, and the gradients of a sum that weighs every element of every output differently.
-
-    Args:
-        count: how many of the operands, from the first on, get a gradient; None for all.
-        constant: whether outputs may depend on no operand. Else that is an error.
+    The fixture ``thread_counts`` sets the number of before again.
     """
-    count = len(operands) if count is None else count
-    leaves = [operand.detach().requires_grad_(index < count) for index, operand in enumerate(operands)]
-    outputs = tensors_of(fn(*leaves))
-    roots = [output for output in outputs if output.requires_grad or not constant] if count else []
-    weights = [torch.linspace(-1, 2, root.numel()).view(root.shape).to(root) for root in roots]
-    grads = torch.autograd.grad(roots, leaves[:count], weights) if roots else ()
-    return [tensor.detach() for tensor in (*outputs, *grads)]
-
-
-def incoming_gradients(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """The same incoming gradients for outputs of any dtype on any device; exact in 16 bits."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]
-
-
-def values_and_gradients(
-    fn: Callable[..., Outputs], operands: Sequence[Tensor], which: Sequence[int] | None = None
-) -> list[Tensor]:
-    """fn's outputs, then the operands' gradients for :func:`incoming_gradients` of the outputs ``which`` (None: all).
-
-    Of what an operand has no part in, its gradient is 0.
-    """
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = tensors_of(fn(*leaves))
-    weights = incoming_gradients(outputs)
-    used = [i for i, o in enumerate(outputs) if o.requires_grad and (which is None or i in which)]
-    gradients = torch.autograd.grad(
-        [outputs[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True, materialize_grads=True
-    )
-    return [tensor.detach() for tensor in (*outputs, *gradients)]
-
-
-# Incoming gradients of 1 as they lie in memory: as ``sum`` gives them, one for each sample, transposed, and with gaps.
-LAYOUTS_OF_ONES: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda y: torch.ones(()).expand(y.shape),
-    lambda y: torch.ones(*y.shape[:1], *[1] * (y.dim() - 1)).expand(y.shape),
-    lambda y: torch.ones(tuple(reversed(y.shape))).permute(*reversed(range(y.dim()))),
-    lambda y: torch.full((*y.shape, 2), torch.nan)[..., 0].fill_(1.0),
-)
-
-
-def saved_bytes(fn: Callable[..., Outputs], operands: Sequence[Tensor]) -> tuple[int, Outputs]:
-    """What autograd keeps of a call beside the operands themselves, and the call's outputs."""
-    given = {operand.untyped_storage().data_ptr() for operand in operands}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = fn(*operands)
-    return sum(kept.values()), outputs
-
-
-def assert_any_subset_of_gradients(total: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
-    """Whichever operands ask for a gradient of ``total(*operands)`` get that of a call in which all do; others none."""
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    for wanted in itertools.product((False, True), repeat=len(operands)):
-        leaves = [operand.clone().requires_grad_(want) for operand, want in zip(operands, wanted, strict=True)]
-        value = total(*leaves)
-        assert value.requires_grad == any(wanted)
-        if value.requires_grad:
-            value.backward()
-        for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
-            assert (leaf.grad is not None) == want
-            if want:
-                torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-6)
+    results = []
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        results.append(fn())
+    for threads, result in zip(thread_counts[1:], results[1:], strict=True):
+        assert_close_by_size(result, results[0], tolerance, name=f"{threads} threads, output")
 
 
 def assert_compiles(
@@ -381,18 +301,21 @@ def results_of_instruction_sets(script: str, folder: Path, *arguments: str) -> d
     return results
 
 
-def assert_instruction_sets_agree(script: str, folder: Path, float32: float, others: float) -> None:
-    """The script's ``outputs``, a list of lists of tensors, are the default instruction set's, by their sizes.
+def assert_instruction_sets_agree(
+    script: str, folder: Path, float32: float, others: float, by_first: bool = False
+) -> None:
+    """The script's ``outputs``, those of several calls, are the default instruction set's by their sizes.
 
     Args:
-        float32: the tolerance for float32; ``others`` is that for every other dtype.
+        float32: the tolerance of float32 outputs; ``others`` is that of all others.
+        by_first: whether the dtype of a call's first output decides for all of its outputs.
     """
     results = results_of_instruction_sets(script, folder)
     for isa, outputs in results.items():
         for index, (ours, theirs) in enumerate(zip(outputs, results["default"], strict=True)):
             for a, b in zip(ours, theirs, strict=True):
-                tolerance = float32 if a.dtype == torch.float32 else others
-                assert_close_by_size(a, b, tolerance, name=f"{isa}, call {index}, output")
+                wide = (ours[0] if by_first else a).dtype == torch.float32
+                assert_close_by_size(a, b, float32 if wide else others, name=f"{isa}, call {index}, output")
 
 
 def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -458,5 +381,6 @@ def _storage_bytes(tensor: Tensor) -> Tensor:
 def _equal_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    flat_a, flat_b = a.detach().reshape(-1).contiguous(), b.detach().reshape(-1).contiguous()
-    return torch.equal(flat_a.view(torch.uint8), flat_b.view(torch.uint8))
+    # Copies: one expanded element counts as contiguous, but has no stride by which to view its bytes.
+    bytes_a, bytes_b = (t.detach().flatten().clone(memory_format=torch.contiguous_format) for t in (a, b))
+    return torch.equal(bytes_a.view(torch.uint8), bytes_b.view(torch.uint8))

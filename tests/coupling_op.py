@@ -12,27 +12,11 @@ from dgm_kernels.coupling.reference import SCALE_MAPS
 from dgm_kernels.coupling.region import resolve
 from tests.contract import assert_parity
 from tests.coupling_cases import SPLINE_CASES, CouplingCase, mask_of
+from tests.gradients import values_and_gradients
 
 # One element, ragged, several short samples a program, several programs a sample, images of even and odd sides.
 SHAPES = [(1, 1), (3, 59), (300, 2), (70, 16), (2, 1030), (2, 2, 113), (2, 8, 4, 16), (2, 4, 7, 9)]
 SPLINE_SHAPES = [(1, 1), (3, 59), (130, 2), (9, 16), (2, 130), (2, 4, 5, 3)]
-
-
-def _outputs(outputs: Any) -> list[Tensor]:
-    return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
-def values_and_gradients(call: Any, operands: Sequence[Tensor], which: Sequence[int] = (0, 1)) -> list[Tensor]:
-    """The outputs, then the gradients of the operands for fixed gradients of the outputs ``which``."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = _outputs(call(*leaves))
-    generator = torch.Generator().manual_seed(1)
-    weights = [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]  # exact in 16 bits
-    used = [i for i in which if i < len(outputs) and outputs[i].requires_grad]
-    gradients = torch.autograd.grad(
-        [outputs[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True, materialize_grads=True
-    )
-    return [t.detach() for t in (*outputs, *gradients)]
 
 
 def check_case(

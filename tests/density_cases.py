@@ -238,6 +238,11 @@ class DensityCase:
         alone = self.function is empirical_denoiser and backend != "reference"
         return [o.detach().clone().requires_grad_(index == 0 or not alone) for index, o in enumerate(operands)]
 
+    @property
+    def trained(self) -> int:
+        """How many operands, from x on, have gradients on every backend: of the denoiser kernels have x's alone."""
+        return (1 if self.function is empirical_denoiser else len(self.names)) if self.differentiable else 0
+
     def call(self, *operands: Tensor) -> Any:
         return self._call(self.function, operands)
 

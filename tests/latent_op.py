@@ -1,32 +1,13 @@
 """Calls of the latent op's native kernels, and what they must give, on any device."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dgm_kernels import use_backend
 from tests.contract import assert_parity
+from tests.gradients import values_and_gradients
 from tests.latent_cases import CODE_CASE, LatentCase
-
-
-def outputs_of(outputs: Any) -> list[Tensor]:
-    """The outputs as a list."""
-    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-
-
-def values_and_gradients(call: Any, operands: Sequence[Tensor], which: Sequence[int] | None = None) -> list[Tensor]:
-    """The outputs, then the gradients of the operands for fixed gradients of the outputs ``which`` (None: of all)."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = outputs_of(call(*leaves))
-    generator = torch.Generator().manual_seed(1)
-    weights = [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]  # exact in 16 bits
-    used = [i for i, o in enumerate(outputs) if o.requires_grad and (which is None or i in which)]
-    gradients = torch.autograd.grad(
-        [outputs[i] for i in used], leaves, [weights[i] for i in used], allow_unused=True, materialize_grads=True
-    )
-    return [t.detach() for t in (*outputs, *gradients)]
 
 
 def check_case(

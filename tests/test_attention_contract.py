@@ -20,16 +20,24 @@ from tests.attention_cases import (
     SOME_CASES,
     AttentionCase,
     Size,
+    finite,
 )
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
-    strided_variants,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
+    stacked,
+    sum_of_sines,
 )
+from tests.gradients import with_grads
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -37,12 +45,9 @@ some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
 CPU = torch.device("cpu")
 
 
-def with_grads(case: AttentionCase, operands: list[Tensor]) -> list[Tensor]:
-    """The result and lse, and the gradients of q, k and v of sums that weigh each element differently."""
-    leaves = [operand.detach().requires_grad_() for operand in operands[:3]]
-    outputs = case.call(*leaves, *(operand.detach() for operand in operands[3:]))
-    seeds = [torch.linspace(-1, 2, y.numel()).view(y.shape).to(y) for y in outputs]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, seeds)]
+def results(case: AttentionCase, operands: list[Tensor]) -> list[Tensor]:
+    """The result and lse, and the gradients of q, k and v."""
+    return with_grads(case.call, operands, 3)
 
 
 # ---- opcheck.
@@ -103,11 +108,9 @@ def test_strides_and_offsets(case, backend):
     """Every operand in every layout, masks and biases too: the result and the gradients of contiguous operands."""
     operands = case.make(Size(2, 2, 5, 5, 4, 3))
     with use_backend(backend):
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        expected = results(case, operands)
+        for given in in_every_layout(operands):
+            torch.testing.assert_close(results(case, given), expected, rtol=2e-5, atol=2e-5)
 
 
 @on_every_backend
@@ -116,12 +119,8 @@ def test_expanded_operands(case, backend):
     """One sample, head, token or feature for all, without a copy of it in memory."""
     operands = case.make(SMALL_SIZE)
     with use_backend(backend):
-        for index, operand in enumerate(operands):
-            for dim in range(operand.dim()):
-                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
-                actual = with_grads(case, [*operands[:index], wide, *operands[index + 1 :]])
-                expected = with_grads(case, [*operands[:index], wide.clone(), *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        for wide, dense in expanded_and_dense(operands):
+            torch.testing.assert_close(results(case, wide), results(case, dense), rtol=2e-5, atol=2e-5)
 
 
 @on_every_backend
@@ -132,8 +131,8 @@ def test_inputs_unchanged_and_repeatable(case, dtype, backend):
         operands = case.make(size, dtype)
         with use_backend(backend):
             with assert_inputs_unchanged(*operands):
-                with_grads(case, operands)
-            assert_bitwise_repeatable(lambda operands=operands: with_grads(case, operands))
+                results(case, operands)
+            assert_bitwise_repeatable(lambda operands=operands: results(case, operands))
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -143,13 +142,8 @@ def test_the_number_of_threads_changes_no_bit(case, dtype, backend, thread_count
     """Many heads, one head of many queries, few queries of many keys: however the work is cut."""
     for size in (Size(6, 4, 70, 70, 16), Size(1, 1, 517, 517, 40), Size(1, 2, 3, 4001, 64)):
         operands = case.make(size, dtype)
-        results = []
-        for threads in thread_counts:
-            torch.set_num_threads(threads)
-            with use_backend(backend):
-                results.append(with_grads(case, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+        with use_backend(backend):
+            assert_threads_agree(lambda operands=operands: results(case, operands), thread_counts)
 
 
 @on_every_backend
@@ -160,7 +154,7 @@ def test_samples_do_not_depend_on_their_batch(case, backend):
     per_sample = [t.shape[0] == 5 and t.dim() == 4 for t in operands]
     alone = [t[2:3] if own else t for t, own in zip(operands, per_sample, strict=True)]
     with use_backend(backend):
-        whole = with_grads(case, operands)
+        whole = results(case, operands)
         out, lse = case.call(*alone)
         torch.testing.assert_close([out, lse], [t[2:3] for t in whole[:2]], rtol=1e-5, atol=1e-6)
         q, k, v = operands[:3]
@@ -335,31 +329,24 @@ def test_autocast_leaves_float64_alone(case):
 @every_case
 def test_vmap(case):
     """Over an added dimension of every operand, in front and at the back; of each operand alone."""
-    calls = [case.make(Size(2, 2, 4, 4, 4, 3)) for _ in range(3)]
-    stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
-    assert_vmap(case.call, stacked)
-    assert_vmap(case.call, [t.movedim(0, -1) for t in stacked], (-1,) * len(stacked))
-    for mapped in range(len(stacked)):
-        dims = tuple(0 if index == mapped else None for index in range(len(stacked)))
-        args = [t if dim == 0 else t[0] for t, dim in zip(stacked, dims, strict=True)]
-        assert_vmap(case.call, args, dims)
+    operands = stacked(lambda: case.make(Size(2, 2, 4, 4, 4, 3)))
+    assert_vmap(case.call, operands)
+    assert_vmap(case.call, [t.movedim(0, -1) for t in operands], (-1,) * len(operands))
+    for mapped in range(len(operands)):
+        assert_vmap_of_one(case.call, operands, mapped)
 
 
 @some_cases
 def test_functional_transforms(case):
-    """torch.func's gradient and per-sample gradients are those of autograd."""
+    """torch.func's gradient, directional derivative and per-sample gradients are those of autograd."""
     operands = case.make(Size(2, 2, 4, 4, 4), torch.float64)
-
-    def total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = case.call(q, k, v, *operands[3:])
-        return out.sin().sum() + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
-
-    leaves = [operand.clone().requires_grad_() for operand in operands[:3]]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    torch.testing.assert_close(torch.func.grad(total, argnums=(0, 1, 2))(*operands[:3]), expected)
-    _, pull = torch.func.vjp(total, *operands[:3])
+    qkv, rest = operands[:3], operands[3:]
+    call = finite(lambda *qkv: case.call(*qkv, *rest))
+    expected = assert_functional_transforms(call, qkv)
+    total = lambda *qkv: sum_of_sines(call(*qkv))  # noqa: E731
+    _, pull = torch.func.vjp(total, *qkv)
     torch.testing.assert_close(pull(torch.ones((), dtype=torch.float64)), expected)
-    each = torch.func.vmap(torch.func.grad(lambda q: total(q, *operands[1:3])))(torch.stack([operands[0]] * 3))
+    each = torch.func.vmap(torch.func.grad(lambda q: total(q, *qkv[1:])))(torch.stack([qkv[0]] * 3))
     torch.testing.assert_close(each, expected[0].expand(3, *expected[0].shape))
 
 
@@ -399,11 +386,8 @@ def test_meta_tensors_give_shapes():
 # ---- Instruction sets, memory.
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.attention_cases import CASES, SIZES, Size
 from tests.test_attention_decode import CASES as DECODING, decoded
-torch.manual_seed(0)
 outputs = []
 for case in CASES[::3]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -418,21 +402,14 @@ for case in CASES[::3]:
 for case in DECODING[::2]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         outputs.append([decoded(case, case.make(Size(2, 4, 24, 24, 17, 9), dtype), [9] + [1] * 15)])
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
     """Forward, backward, in forward mode and decoding."""
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-                largest = max(1.0, float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0)
-                tolerance = 1e-5 if ours[0].dtype == torch.float32 else 2e-2
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest, msg=f"output {index}")
+    # Of a 16-bit call lse, in float32, comes from 16-bit numbers too.
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=1e-5, others=2e-2, by_first=True)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

@@ -29,6 +29,7 @@ from tests.contract import (
     assert_bitwise_repeatable,
     assert_inputs_unchanged,
     assert_parity,
+    assert_threads_agree,
     strided_variants,
 )
 
@@ -273,13 +274,8 @@ def test_the_number_of_threads_changes_no_bit(dtype, backend, thread_counts):
         q, k, v = AttentionCase("plain").make(size, dtype)
         cache = cache_for(k, v)
         cache.append(k, v)
-        results = []
-        for threads in thread_counts:
-            torch.set_num_threads(threads)
-            with use_backend(backend):
-                results.append(attention_decode(q[:, :, -1:], cache))
-        for other in results[1:]:
-            assert torch.equal(other, results[0])
+        with use_backend(backend):
+            assert_threads_agree(lambda q=q, cache=cache: attention_decode(q[:, :, -1:], cache), thread_counts)
 
 
 @on_every_backend

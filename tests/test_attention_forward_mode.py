@@ -27,7 +27,11 @@ from tests.attention_cases import (
     causal_case,
 )
 from tests.cases import DTYPES
-from tests.contract import assert_bitwise_repeatable, assert_parity
+from tests.contract import (
+    assert_bitwise_repeatable,
+    assert_parity,
+    assert_threads_agree,
+)
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -175,13 +179,8 @@ def test_repeatable(dtype, backend):
 def test_the_number_of_threads_changes_no_bit(backend, thread_counts):
     operands = SOME_CASES[2].make(Size(2, 4, 259, 259, 24))
     tangents = [torch.randn(t.shape) for t in operands]
-    results = []
-    for threads in thread_counts:
-        torch.set_num_threads(threads)
-        with use_backend(backend):
-            results.append(derivative(SOME_CASES[2].call, operands, tangents, torch.float32))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+    with use_backend(backend):
+        assert_threads_agree(lambda: derivative(SOME_CASES[2].call, operands, tangents, torch.float32), thread_counts)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

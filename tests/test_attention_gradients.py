@@ -24,9 +24,11 @@ from tests.attention_cases import (
     AttentionCase,
     Size,
     causal_case,
+    finite,
 )
 from tests.cases import DTYPES
 from tests.contract import assert_parity
+from tests.gradients import in_every_incoming_layout, incoming_gradient, saved_bytes
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -35,16 +37,6 @@ TINY = Size(1, 2, 4, 4, 4, 3)
 
 
 # ---- Numerically, of the reference.
-
-
-def finite(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """With 0 in place of the minus infinity of blind rows, of which a numerical derivative would be NaN."""
-
-    def run(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = function(*operands)
-        return out, lse.masked_fill(lse == -torch.inf, 0.0)
-
-    return run
 
 
 @every_case
@@ -70,12 +62,6 @@ def test_gradcheck_element_by_element(case):
 # ---- Native ones against float64.
 
 
-def incoming(y: Tensor, seed: int = 1) -> Tensor:
-    """The same incoming gradient in any dtype; exact in 16 bits."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, y.shape, generator=generator).to(y.dtype) / 4
-
-
 def cast(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand.detach() if operand.dtype == torch.bool else operand.detach().to(dtype)
 
@@ -88,7 +74,7 @@ def gradients(
     leaves = [operand.requires_grad_() for operand in given[:count] if operand.is_floating_point()]
     outputs = function(*given)
     outputs = outputs if lse else outputs[:1]
-    seeds = [incoming(y, index) for index, y in enumerate(outputs)]
+    seeds = [incoming_gradient(y, index) for index, y in enumerate(outputs)]
     return list(torch.autograd.grad(outputs, leaves, seeds))
 
 
@@ -115,7 +101,7 @@ def slack(case: AttentionCase, operands: Sequence[Tensor], dtype: torch.dtype, c
     given = [cast(operand, torch.float64) for operand in operands]
     leaves = [operand.requires_grad_() for operand in given[:count] if operand.is_floating_point()]
     out, lse = case.call_eager(*given)
-    ulp, seed = torch.finfo(dtype).eps / 2, incoming(out, 0)
+    ulp, seed = torch.finfo(dtype).eps / 2, incoming_gradient(out, 0)
     exact = torch.autograd.grad(out, leaves, seed, retain_graph=True, allow_unused=True, materialize_grads=True)
     of_sums = torch.autograd.grad(
         lse, leaves, ulp * (seed * out).abs().sum(-1), allow_unused=True, materialize_grads=True
@@ -171,7 +157,7 @@ def test_gradients_of_lse_alone(case, backend):
         given = [cast(operand, dtype) for operand in operands]
         leaves = [operand.requires_grad_() for operand in given[:3]]
         lse = function(*given)[1]
-        return list(torch.autograd.grad(lse, leaves, incoming(lse), allow_unused=True, materialize_grads=True))
+        return list(torch.autograd.grad(lse, leaves, incoming_gradient(lse), allow_unused=True, materialize_grads=True))
 
     with use_backend(backend):
         actual = of_lse(case.call, torch.float32)
@@ -192,7 +178,7 @@ def test_blind_rows_have_no_gradient(dtype, backend):
             out, lse = attention(q, k, v, mask=mask, return_lse=True)
             blind = lse[0, 0] == -torch.inf
             assert int(blind.sum()) == 4
-            weights, of_lse = incoming(out), incoming(lse)
+            weights, of_lse = incoming_gradient(out), incoming_gradient(lse)
             of_q, of_k, of_v = torch.autograd.grad((out, lse), (q, k, v), (weights, of_lse), retain_graph=True)
             assert not of_q[:, :, blind].any() and not of_q.isnan().any()
             loud = [t.masked_fill(blind.view(20, *[1] * (t.dim() - 3)), 1e4) for t in (weights, of_lse)]
@@ -243,11 +229,11 @@ def test_a_bias_and_slopes_with_gradients(backend):
                 attention(q, k, v, bias=added)
         return
     out = attention(q, k, v, bias=positions.ALiBi(slopes))
-    (actual,) = torch.autograd.grad(out, slopes, incoming(out))
+    (actual,) = torch.autograd.grad(out, slopes, incoming_gradient(out))
     distance = (torch.arange(7)[:, None] - torch.arange(7)).abs()
     written = slopes.detach().clone().requires_grad_()
     out = attention(q, k, v, bias=-written[:, None, None] * distance)
-    (expected,) = torch.autograd.grad(out, written, incoming(out))
+    (expected,) = torch.autograd.grad(out, written, incoming_gradient(out))
     torch.testing.assert_close(actual, expected)
 
 
@@ -261,7 +247,7 @@ def test_a_rotary_table_with_a_gradient(backend):
             attention(q, k, v, rope=positions.Rotary(table))
         return
     out = attention(q, k, v, rope=positions.Rotary(table))
-    (actual,) = torch.autograd.grad(out, table, incoming(out))
+    (actual,) = torch.autograd.grad(out, table, incoming_gradient(out))
     wide = table.detach().double().requires_grad_()
 
     def turned(x: Tensor) -> Tensor:
@@ -270,7 +256,7 @@ def test_a_rotary_table_with_a_gradient(backend):
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     exact = torch.nn.functional.scaled_dot_product_attention(turned(q), turned(k), v.double())
-    (expected,) = torch.autograd.grad(exact, wide, incoming(exact))
+    (expected,) = torch.autograd.grad(exact, wide, incoming_gradient(exact))
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -289,7 +275,7 @@ def test_some_operands_need_no_gradient(case, backend):
             out, lse = case.call(*leaves, *operands[3:])
             assert out.requires_grad == any(wanted)
             if any(wanted):  # lse does not depend on v
-                outputs = [(y, incoming(y, index)) for index, y in enumerate((out, lse)) if y.requires_grad]
+                outputs = [(y, incoming_gradient(y, index)) for index, y in enumerate((out, lse)) if y.requires_grad]
                 torch.autograd.backward(*zip(*outputs, strict=True))
             for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
                 assert (leaf.grad is not None) == want
@@ -303,24 +289,10 @@ def test_incoming_gradients_of_any_layout(case, backend):
     """Expanded (as ``sum`` gives), transposed, in the order of tokens first, and with gaps; of lse too."""
     operands = case.make(SMALL_SIZE)
 
-    def grads(arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        leaves = [operand.clone().requires_grad_() for operand in operands[:3]]
-        out, lse = case.call(*leaves, *operands[3:])
-        return torch.autograd.grad((out, lse), leaves, (arrange(out), arrange(lse)))
-
-    def gappy(y: Tensor) -> Tensor:
-        return torch.full((*y.shape, 2), torch.nan)[..., 0].fill_(1.0)
-
+    tokens_first = lambda y: torch.ones(y.shape[0], y.shape[2], y.shape[1], *y.shape[3:]).transpose(1, 2)  # noqa: E731
     with use_backend(backend):
-        expected = grads(torch.ones_like)
-        for arrange in (
-            lambda y: torch.ones(()).expand(y.shape),
-            lambda y: torch.ones(y.shape[0], *[1] * (y.dim() - 1)).expand(y.shape),
-            lambda y: torch.ones(tuple(reversed(y.shape))).permute(*reversed(range(y.dim()))),
-            lambda y: torch.ones(y.shape[0], y.shape[2], y.shape[1], *y.shape[3:]).transpose(1, 2),
-            gappy,
-        ):
-            torch.testing.assert_close(grads(arrange), expected, rtol=1e-5, atol=1e-5)
+        for actual, expected in in_every_incoming_layout(case.call, operands, 3, [tokens_first]):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @on_every_backend
@@ -329,26 +301,10 @@ def test_gradients_lie_in_memory_as_their_operands_do(backend):
     leaves = [torch.randn(2, 9, 3, 16).transpose(1, 2).requires_grad_() for _ in range(3)]
     with use_backend(backend):
         out = attention(*leaves)
-        for grad in torch.autograd.grad(out, leaves, incoming(out)):
+        for grad in torch.autograd.grad(out, leaves, incoming_gradient(out)):
             assert grad.shape == (2, 3, 9, 16)
             if backend in NATIVE:
                 assert grad.transpose(1, 2).is_contiguous()
-
-
-def saved_bytes(case: AttentionCase, operands: Sequence[Tensor]) -> tuple[int, tuple[Tensor, Tensor]]:
-    """What autograd keeps beside the operands themselves, and the result."""
-    given = {operand.untyped_storage().data_ptr() for operand in operands}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = case.call(*operands)
-    return sum(kept.values()), outputs
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -358,7 +314,7 @@ def test_memory_saved_for_the_backward_pass(case, backend):
     operands = case.make(Size(2, 4, 60, 60, 8))
     leaves = [t.requires_grad_(index < 3) for index, t in enumerate(operands)]
     with use_backend(backend):
-        saved, (out, lse) = saved_bytes(case, leaves)
+        saved, (out, lse) = saved_bytes(case.call, leaves)
     per_token = 60 * (2 * 4 + 8 * 4) + 4 * 4  # bounds, a table of rotary positions, slopes
     allowed = out.numel() * 4 + lse.numel() * 4 + per_token
     assert saved <= allowed, f"{saved} bytes are kept, expected {allowed}"
@@ -384,15 +340,15 @@ def test_a_shared_operand_gets_the_sum(backend):
     with use_backend(backend):
         one = x.clone().requires_grad_()
         out = attention(one, one, one, mask=masks.causal())
-        (actual,) = torch.autograd.grad(out, one, incoming(out))
+        (actual,) = torch.autograd.grad(out, one, incoming_gradient(out))
         apart = gradients(AttentionCase("apart", mask=causal_case(0)).call, [x, x, x], torch.float32, lse=False)
         # The incoming gradient has the seed 1 here and 0 there.
         out = attention(one, one, one, mask=masks.causal())
-        (actual,) = torch.autograd.grad(out, one, incoming(out, 0))
+        (actual,) = torch.autograd.grad(out, one, incoming_gradient(out, 0))
         torch.testing.assert_close(actual, sum(apart), rtol=1e-5, atol=1e-5)
         packed = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
         q, k, v = packed.permute(2, 0, 3, 1, 4)
         out = attention(q, k, v)
-        (of_packed,) = torch.autograd.grad(out, packed, incoming(out, 0))
+        (of_packed,) = torch.autograd.grad(out, packed, incoming_gradient(out, 0))
         parts = gradients(PLAIN.call, [q, k, v], torch.float32, lse=False)
         torch.testing.assert_close(of_packed.permute(2, 0, 3, 1, 4), torch.stack(parts), rtol=1e-5, atol=1e-5)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import itertools
 import math
 import pathlib
 
@@ -13,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dgm_kernels import NoiseKey
-from dgm_models import create_model, from_pretrained, list_models
-from dgm_models.__main__ import main
+from dgm_models import create_model
 from dgm_models.autoregressive import Autoregressive
 from dgm_models.data import digits
-from dgm_models.train import Settings, Trainer
+from tests import autoregressive_checks as checks
+from tests.autoregressive_checks import every_sample
+from tests.command_line import run
 
 FAMILIES = ("fvsbn", "gated_pixelcnn", "made", "pixelcnn", "wavenet")
 CONVOLUTION = {"width": 6, "depth": 2, "first_kernel_size": 3, "kernel_size": 3, "networks": 1}
@@ -63,71 +61,27 @@ def small(name: str, noise: float = 0.3, **config: object) -> Autoregressive:
     return model.eval()
 
 
-def every_sample(model: Autoregressive) -> Tensor:
-    """All samples there are, ``[levels ** numbers, *image_shape]``."""
-    grid = torch.linspace(-1, 1, model.levels, dtype=torch.float64)
-    return torch.cartesian_prod(*[grid] * math.prod(model.sample_shape)).view(-1, *model.sample_shape)
-
-
-def number(model: Autoregressive, x: Tensor) -> Tensor:
-    """Which of :func:`every_sample` each x is."""
-    level = ((x.flatten(1) + 1) / 2 * (model.levels - 1)).round().long()
-    weights = model.levels ** torch.arange(level.shape[1] - 1, -1, -1)
-    return (level * weights).sum(1)
-
-
 # Densities
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_A1_A2_A4_A5_A6_A10_probabilities_sum_to_one(name: str) -> None:
-    model = small(name)
-    with torch.no_grad():
-        probability = model.log_prob(every_sample(model)).exp()
-    assert float(probability.sum()) == pytest.approx(1.0, abs=1e-6)
-    assert float(probability.max() / probability.min()) > 2, "they are not all alike"
+    checks.check_probabilities_sum_to_one(small(name), 1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_A1_A2_A4_A5_A6_A10_samples_have_the_probabilities(name: str) -> None:
-    model, n = small(name), 4000
-    with torch.no_grad():
-        expected = model.log_prob(every_sample(model)).exp()
-    x = model.sample(n, seed=3)
-    assert x.shape == (n, *model.sample_shape)
-    found = torch.bincount(number(model, x), minlength=len(expected)) / n
-    # The sum of the cells' expected absolute deviations of a multinomial, and a margin of a fifth.
-    deviation = (2 / math.pi * expected * (1 - expected) / n).sqrt().sum()
-    assert float((found - expected).abs().sum()) < 1.2 * float(deviation)
+    checks.check_samples_have_the_probabilities(small(name))
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_classes_have_distributions_of_their_own(name: str) -> None:
-    model = small(name, noise=0.5, num_classes=3)
-    x = every_sample(model)
-    with torch.no_grad():
-        each = torch.stack([model.log_prob(x, torch.full((len(x),), label)).exp() for label in range(3)])
-    torch.testing.assert_close(each.sum(1), torch.ones(3, dtype=torch.float64))
-    assert all((a - b).abs().sum() > 0.01 for a, b in itertools.combinations(each, 2))
-    for label in range(3):
-        drawn = number(model, model.sample(4000, seed=1, cond=label))
-        likelihood = each[:, drawn].log().mean(1)
-        assert int(likelihood.argmax()) == label
-    mixed = model.sample(6, seed=1, cond=torch.tensor([0, 1, 2, 0, 1, 2]))
-    assert torch.equal(mixed[2::3], model.sample(6, seed=1, cond=2)[2::3])
+    checks.check_classes_have_distributions_of_their_own(small(name, noise=0.5, num_classes=3))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_loss_is_the_negative_log_probability_in_nats(name: str) -> None:
-    model = small(name)
-    x = every_sample(model)[5:25]
-    parts = model.loss_parts(x)
-    assert list(parts) == ["nll"]
-    torch.testing.assert_close(parts["nll"], -model.log_prob(x).mean())
-    assert torch.equal(model.loss(x), parts["nll"])
-    torch.testing.assert_close(model.elbo(x, 3), model.log_prob(x))
-    bits = model.bits_per_dim(model.log_prob(x))
-    torch.testing.assert_close(bits, -model.log_prob(x) / math.log(2) / math.prod(model.sample_shape))
+    checks.check_loss_is_the_negative_log_probability(small(name))
 
 
 @pytest.mark.parametrize("name", [*CONDITIONAL, "pixelcnn_pp", "made_levels"])
@@ -135,11 +89,7 @@ def test_every_parameter_is_trained(name: str) -> None:
     options = {"num_classes": 2} if name in CONDITIONAL else {}
     if name == "pixelcnn_pp":
         options["image_shape"] = (3, 2, 2)  # in one row of pixels there is nothing above
-    model = small(name, **options).train()
-    x = torch.randint(0, model.levels, (200, *model.sample_shape)).double() * (2 / (model.levels - 1)) - 1
-    model.loss(x, torch.arange(len(x)) % 2 if model.conditional else None).backward()
-    unused = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert not unused
+    checks.check_every_parameter_is_trained(small(name, **options))
 
 
 def test_probabilities_do_not_depend_on_dropout_or_the_mode() -> None:
@@ -152,18 +102,11 @@ def test_probabilities_do_not_depend_on_dropout_or_the_mode() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_short_training_beats_independent_pixels(family: str) -> None:
-    """Independent Bernoulli pixels have 24.6 nats an image."""
-    data = digits(2)
     torch.manual_seed(0)
     options = {"made": {"networks": 2}, "fvsbn": {}, "wavenet": {"width": 16, "depth": 6}}
     options = options.get(family, {"width": 16, "networks": 1})
     model = create_model(family, **options, **({} if family == "fvsbn" else {"levels": 2}))
-    settings = {**model.default_settings, "steps": 150, "warmup": 20, "lr": 1e-2, "ema": 0.9}
-    trainer = Trainer(model, data, Settings(**settings))
-    trainer.run(progress=False)
-    with torch.no_grad():
-        nats = -float(trainer.averaged_model.log_prob(data.validation.x).mean())
-    assert 14 < nats < 21
+    checks.check_a_short_training_beats_independent_pixels(model, 150, 21)
 
 
 # Samples
@@ -178,26 +121,13 @@ def naive(model: Autoregressive, n: int, key: NoiseKey, network: int = 0) -> Ten
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_A1_A2_A4_A5_A6_A10_cached_samples_are_the_naive_ones(name: str, dtype: torch.dtype) -> None:
-    """Each is drawn by one of the networks, by all of them in turn."""
     model = small(name).to(dtype)  # the C++ generator works in float32, PyTorch in float64
-    drawn = model.sample(30, seed=5, first_sample=7)
-    assert drawn.flatten(1).unique(dim=0).shape[0] > 10
-    networks = range(len(model.networks))
-    same = torch.stack([(naive(model, 30, NoiseKey(5, 7), place) == drawn).flatten(1).all(1) for place in networks])
-    assert same.any(0).all()
-    assert same.any(1).all()
-    if len(networks) > 1:
-        assert not same.all(1).any()
+    checks.check_cached_samples_are_the_naive_ones(model, naive, 10)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_same_seed_gives_the_same_samples_whatever_the_batch(name: str) -> None:
-    model = small(name)
-    whole = model.sample(20, seed=5)
-    assert torch.equal(model.sample(20, seed=5, batch_size=7), whole)
-    parts = [model.sample(3, seed=5), model.sample(17, seed=5, first_sample=3)]
-    assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(model.sample(20, seed=6), whole)
+    checks.check_the_batch_does_not_matter(small(name))
 
 
 # Saving, command line
@@ -205,45 +135,14 @@ def test_the_same_seed_gives_the_same_samples_whatever_the_batch(name: str) -> N
 
 @pytest.mark.parametrize("name", SMALL)
 def test_save_and_load(name: str, tmp_path: pathlib.Path) -> None:
-    model = small(name, **({"num_classes": 2} if name in CONDITIONAL else {}))
-    model.save_pretrained(tmp_path)
-    loaded = from_pretrained(tmp_path)
-    assert type(loaded) is type(model)
-    assert loaded.config == model.config
-    x = every_sample(model)[:50]
-    cond = torch.arange(50) % 2 if model.conditional else None
-    assert torch.equal(loaded.log_prob(x, cond), model.log_prob(x, cond))
-    assert torch.equal(loaded.sample(50, seed=1, cond=cond), model.sample(50, seed=1, cond=cond))
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        status = main([str(argument) for argument in arguments])
-    return status, text.getvalue()
+    checks.check_save_and_load(small(name, **({"num_classes": 2} if name in CONDITIONAL else {})), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cli(family: str, tmp_path: pathlib.Path) -> None:
-    assert family in list_models()
-    tiny = {"fvsbn": {}, "made": {"hidden": (16,), "networks": 2}}.get(family, {"width": 4, "depth": 1, "networks": 1})
-    options = [text for name, value in tiny.items() for text in ("--set", f"{name}={value}")]
-    if family != "fvsbn":
-        options += ["--set", "num_classes=10"]
-    out = tmp_path / "run"
-    status, text = run(
-        "train", family, "--out", out, "--steps", 3, "--batch-size", 100, "--quiet", "--device", "cpu", *options
-    )
-    assert status == 0, text
-    assert text.startswith("step 3 of 3, validation loss")
-    status, text = run("sample", "--from", out, "-n", 3, "--out", tmp_path / "s.png", "--device", "cpu")
-    assert status == 0, text
-    assert (tmp_path / "s.png").exists()
-    status, text = run("evaluate", "--from", out, "--device", "cpu")
-    assert status == 0, text
-    assert text.startswith("log-likelihood, validation set, mean of 200 samples: nats -")
-    status, text = run("train", family, "--out", out, "--resume", "--steps", 4, "--quiet", "--device", "cpu")
-    assert (status, text.split(",")[0]) == (0, "step 4 of 4"), text
+    configs = {"fvsbn": {}, "made": {"hidden": (16,), "networks": 2, "num_classes": 10}}
+    convolution = {"width": 4, "depth": 1, "networks": 1, "num_classes": 10}
+    checks.check_command_line(family, configs.get(family, convolution), tmp_path)
 
 
 @pytest.mark.parametrize("model", ["gated_pixelcnn", "nice"])

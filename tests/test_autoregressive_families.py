@@ -14,7 +14,8 @@ from dgm_kernels import NoiseKey
 from dgm_models import create_model
 from dgm_models.autoregressive import MADE, Autoregressive
 from dgm_models.autoregressive.made import random_order
-from tests.test_autoregressive import CONVOLUTION, every_sample, naive, small
+from tests.autoregressive_checks import every_sample
+from tests.test_autoregressive import CONVOLUTION, naive, small
 
 
 def jacobian(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

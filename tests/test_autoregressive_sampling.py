@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from typing import Any
 
@@ -13,27 +12,14 @@ from torch import Tensor
 
 from dgm_kernels import NoiseKey
 from dgm_kernels.masked_conv import generate
-from tests.test_autoregressive import SMALL, every_sample, number, small
+from tests import autoregressive_checks as checks
+from tests.autoregressive_checks import every_sample, number
+from tests.test_autoregressive import SMALL, small
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_completion_keeps_what_is_known_and_draws_the_rest(name: str) -> None:
-    model = small(name)
-    whole = model.sample(40, seed=2)
-    mask = torch.zeros(model.sample_shape)
-    pixels = mask.view(model.sample_shape[0], -1)
-    pixels[:, : pixels.shape[1] // 2] = 1
-    known = torch.where(mask.bool(), whole, float("nan"))
-    other = model.sample(40, seed=3, known=known, mask=mask)
-    assert torch.equal(other * mask, whole * mask)
-    assert not torch.equal(other, whole)
-    again = model.sample(40, seed=2, known=known, mask=mask)
-    same = (again == whole).flatten(1).all(1)
-    assert same.all() if len(model.networks) == 1 else same.any(), "the same noise for the rest, by the same network"
-    few = model.sample(10, seed=3, known=known[:10], mask=mask.bool().expand(10, *mask.shape), batch_size=4)
-    assert torch.equal(few, other[:10])
-    one = model.sample(5, seed=3, known=whole[0], mask=torch.ones(()))
-    assert torch.equal(one, whole[:1].expand_as(one)), "all is known"
+    checks.check_completion_keeps_what_is_known(small(name))
 
 
 COMPLETED = {
@@ -51,20 +37,9 @@ COMPLETED = {
 @pytest.mark.parametrize("name", COMPLETED)
 def test_completions_have_the_conditional_probabilities(name: str) -> None:
     """Given the beginning in raster order, the rest has its exact conditional distribution, of several networks too."""
-    model, n = small(name, **COMPLETED[name]), 4000
+    model = small(name, **COMPLETED[name])
     x = every_sample(model)
-    first = x[number(model, x).argsort()][len(x) // 3]
-    mask = torch.zeros(model.sample_shape)
-    mask.view(model.sample_shape[0], -1)[:, 0] = 1  # the first pixel
-    fits = ((x == first) | (mask == 0)).flatten(1).all(1)
-    cond = torch.ones(len(x), dtype=torch.long) if model.conditional else None
-    with torch.no_grad():
-        expected = model.log_prob(x, cond).exp() * fits
-    expected /= expected.sum()
-    drawn = model.sample(n, seed=1, cond=None if cond is None else 1, known=first, mask=mask)
-    found = torch.bincount(number(model, drawn), minlength=len(x)) / n
-    deviation = (2 / math.pi * expected * (1 - expected) / n).sqrt().sum()
-    assert float((found - expected).abs().sum()) < 1.25 * float(deviation)
+    checks.check_completions_have_the_conditional_probabilities(model, x[number(model, x).argsort()][len(x) // 3])
 
 
 def test_the_known_weigh_networks_of_any_order() -> None:
@@ -133,13 +108,8 @@ def test_what_is_kept_to_sample_follows_the_weights_and_belongs_to_no_copy() -> 
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_samples_of_few_digits_lie_on_the_levels(levels: int, dtype: torch.dtype) -> None:
     model = small("pixelcnn", image_shape=(1, 4, 4), levels=levels).to(dtype)
+    checks.check_samples_lie_on_the_levels(model, model._level)
     x = model.sample(20, seed=1)
-    assert x.dtype == dtype
-    assert model.log_prob(x).isfinite().all()
-    assert torch.equal(model.sample(20, seed=2, known=x, mask=torch.ones(())), x)
-    level = ((x.double() + 1) / 2 * (levels - 1)).round()
-    assert torch.equal(model._level(x).double(), level)
-    assert level.unique().numel() > min(levels, 50) // 2
     with pytest.raises(ValueError, match=f"x must lie on {levels} equally spaced levels"):
         model.log_prob(x + 0.6 / (levels - 1) if levels < 256 else x * 2)
 

@@ -4,15 +4,35 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgm_kernels import rms_norm, use_backend
+from tests.cases import NATIVE
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
+    assert_close_by_size,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
     assert_parity,
+    assert_threads_agree,
     assert_vmap,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
     max_error,
+    record_native_calls,
+    results_of_instruction_sets,
+    stacked,
     strided_variants,
+    tangents_of,
+)
+from tests.gradients import (
+    assert_any_subset_of_gradients,
+    in_every_incoming_layout,
+    saved_bytes,
+    values_and_gradients,
+    with_grads,
 )
 
 
@@ -64,6 +84,20 @@ class TestParity:
         assert_parity(x, x, x.double())
 
 
+class TestCloseBySize:
+    def test_counts_in_the_largest_finite_element_of_each_output(self):
+        expected = [torch.tensor([100.0, 0.0, torch.inf]), torch.tensor([0.5, 0.0])]
+        assert_close_by_size([torch.tensor([100.0, 0.09, torch.inf]), torch.tensor([0.5, 9e-4])], expected, 1e-3)
+        for wrong in ([expected[0] + 0.3, expected[1]], [expected[0], expected[1] + 2e-3]):
+            with pytest.raises(AssertionError, match=r"output [01]: .*not close"):
+                assert_close_by_size(wrong, expected, 1e-3)
+
+    def test_refuses_nan_and_takes_no_elements(self):
+        with pytest.raises(AssertionError, match="not close"):
+            assert_close_by_size(torch.tensor([torch.nan]), torch.tensor([torch.nan]), 1e-3)
+        assert_close_by_size(torch.empty(0), torch.empty(0), 0.0)
+
+
 class TestStridedVariants:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
     def test_equal_values_in_other_layouts(self, dtype):
@@ -100,6 +134,25 @@ class TestStridedVariants:
         assert len(wrong) == len(list(strided_variants(x))) - 1
 
 
+class TestOperands:
+    def test_every_operand_in_every_layout(self):
+        x, y = torch.randn(2, 3), torch.randn(4)
+        found = list(in_every_layout([x, y]))
+        assert len(found) == len(list(strided_variants(x))) + len(list(strided_variants(y)))
+        assert all(torch.equal(a, x) and torch.equal(b, y) for a, b in found)
+        assert {(a is x, b is y) for a, b in found} == {(True, False), (False, True)}
+
+    def test_every_dimension_expanded(self):
+        x, y = torch.randn(2, 3), torch.randn(4)
+        for given, expected in (([0, 1], 3), ([1], 1)):
+            pairs = list(expanded_and_dense([x, y], given))
+            assert len(pairs) == expected
+            for wide, dense in pairs:
+                assert all(torch.equal(a, b) for a, b in zip(wide, dense, strict=True))
+                assert any(0 in t.stride() for t in wide) and not any(0 in t.stride() for t in dense)
+        assert len(list(expanded_and_dense([x, y]))) == 3
+
+
 class TestInputsUnchanged:
     def test_refuses_a_write_to_an_element(self):
         x, y = torch.randn(3), torch.randn(3)
@@ -125,6 +178,68 @@ class TestBitwiseRepeatable:
     def test_refuses_fresh_noise(self):
         with pytest.raises(AssertionError, match="run 1"):
             assert_bitwise_repeatable(lambda: torch.randn(3))
+
+    def test_takes_one_expanded_element(self):
+        x = torch.randn(1).expand(5)[:1]
+        assert x.stride() == (0,)
+        assert_bitwise_repeatable(lambda: x)
+
+
+class TestThreads:
+    def test_refuses_what_depends_on_their_number(self, thread_counts):
+        x = torch.randn(3)
+        assert_threads_agree(lambda: double(x), thread_counts)
+        depends = lambda: x + 1e-5 * torch.get_num_threads()  # noqa: E731
+        assert_threads_agree(depends, thread_counts, 1e-4)
+        with pytest.raises(AssertionError, match="2 threads, output 0"):
+            assert_threads_agree(depends, thread_counts)
+
+
+class TestGradients:
+    def test_of_some_operands_and_of_outputs_that_depend_on_them(self):
+        x, y = torch.randn(3), torch.randn(3)
+        product, gradient = with_grads(torch.mul, [x, y], 1)
+        assert torch.equal(product, x * y)
+        torch.testing.assert_close(gradient, torch.tensor([-1.0, 0.5, 2.0]) * y)
+        assert len(with_grads(torch.mul, [x, y])) == 3
+        constant = lambda x: (double(x), torch.zeros(1))  # noqa: E731
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            with_grads(constant, [x])
+        assert len(with_grads(constant, [x], constant=True)) == 3
+
+    def test_an_operand_without_a_part_has_a_gradient_of_zeros(self):
+        _, _, to_x, to_y = values_and_gradients(lambda x, y: (double(x), double(y)), [torch.randn(9)] * 2, which=[0])
+        assert to_x.any() and not to_y.any()
+
+    def test_refuses_a_backward_pass_that_ignores_strides(self):
+        class IgnoresStrides(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx, grad):
+                memory = torch.empty(0).set_(grad.untyped_storage())
+                return 2 * memory.repeat(grad.numel())[: grad.numel()].view(grad.shape)
+
+        def check(fn):
+            for actual, expected in in_every_incoming_layout(fn, [torch.randn(2, 3)]):
+                torch.testing.assert_close(actual, expected)
+
+        check(double)
+        with pytest.raises(AssertionError, match="not close"):
+            check(IgnoresStrides.apply)
+
+    def test_counts_what_is_saved_beside_the_operands(self):
+        x, y = (torch.randn(5, requires_grad=True) for _ in range(2))
+        assert saved_bytes(torch.mul, [x, y])[0] == 0
+        assert saved_bytes(torch.exp, [x])[0] == 5 * 4
+
+    def test_refuses_a_gradient_that_nobody_asked_for(self):
+        x, y = torch.randn(3), torch.randn(3)
+        assert_any_subset_of_gradients(lambda x, y: (x * y).sum(), [x, y])
+        with pytest.raises(AssertionError):
+            assert_any_subset_of_gradients(lambda x, y: (x * y.clone().requires_grad_()).sum(), [x, y])
 
 
 class TestCompiles:
@@ -195,6 +310,95 @@ class TestVmap:
 
         with pytest.raises(AssertionError, match="not close"):
             assert_vmap(MixesTheBatch.apply, (torch.randn(4, 3),))
+
+    def test_over_one_operand_alone(self):
+        operands = stacked(lambda: [torch.randn(3), torch.randn(3)])
+        assert [tuple(o.shape) for o in operands] == [(3, 3), (3, 3)]
+        assert_vmap_of_one(torch.mul, operands, 0)
+        seen = []
+
+        def shapes(x: Tensor, y: Tensor) -> Tensor:
+            seen.append([torch._C._functorch.is_batchedtensor(t) for t in (x, y)])
+            return x * y
+
+        assert_vmap_of_one(shapes, operands, 1)
+        assert seen == [*[[False, False]] * 3, [False, True]]
+
+
+class TestTransforms:
+    class WrongTangent(torch.autograd.Function):
+        """The square, whose derivative is right backward and wrong forward."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x.square()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 3 * ctx.saved_tensors[0] * tangent
+
+    def test_gradient_and_directional_derivative(self):
+        x, y = torch.randn(3).double(), torch.randn(3).double()
+        to_x, to_y = assert_functional_transforms(lambda x, y: (x * y, x.argmax()), [x, y])
+        torch.testing.assert_close([to_x, to_y], [(x * y).cos() * y, (x * y).cos() * x])
+        assert_functional_transforms(torch.mul, [x, y], ((torch.float64, 1e-9), (torch.float32, 1e-3)))
+        with pytest.raises(AssertionError, match="not close"):
+            assert_functional_transforms(self.WrongTangent.apply, [x])
+
+    def test_tangents_of_dual_numbers(self):
+        x = torch.randn(3)
+        actual, expected = tangents_of(lambda x: (x.square(), x.detach()), lambda x: (x * x, 0 * x), [x])
+        torch.testing.assert_close(actual, expected)
+        actual, expected = tangents_of(torch.square, torch.square, [x], [torch.ones(3)])
+        torch.testing.assert_close([actual[0], expected[0]], [2 * x.double()] * 2)
+        actual, expected = tangents_of(self.WrongTangent.apply, torch.square, [x])
+        assert not torch.allclose(actual[0], expected[0])
+
+
+class TestNativeCalls:
+    @pytest.mark.parametrize("backend", NATIVE)
+    def test_records_forward_and_backward_passes(self, backend):
+        x = torch.randn(3, 5, requires_grad=True)
+        with use_backend(backend), record_native_calls() as calls:
+            rms_norm(x, (5,)).sum().backward()
+        assert [name for name, _ in calls] == [backend] * 2
+        assert calls[0][1][0].shape == x.shape
+        with use_backend("reference"), record_native_calls() as calls:
+            rms_norm(x, (5,)).sum().backward()
+        assert not calls
+
+    @pytest.mark.parametrize("backend", NATIVE)
+    def test_instruction_sets(self, backend, tmp_path):
+        """Each runs in a process that is told which to use."""
+        script = "import os\noutputs = os.environ['ATEN_CPU_CAPABILITY'], float(torch.rand(())), sys.argv[1]"
+        results = results_of_instruction_sets(script, tmp_path, "argument")
+        assert {isa: found[0] for isa, found in results.items()} == {isa: isa for isa in results}
+        assert {found[1:] for found in results.values()} == {(results["default"][1], "argument")}
+
+    def test_refuses_an_instruction_set_with_other_numbers(self, monkeypatch, tmp_path):
+        def agree(isa: list[Tensor], float32: float, others: float, **options: bool) -> None:
+            found = {"default": [[torch.ones(2), torch.ones(2).half()]], "avx2": [isa]}
+            monkeypatch.setattr("tests.contract.results_of_instruction_sets", lambda script, folder: found)
+            assert_instruction_sets_agree("", tmp_path, float32, others, **options)
+
+        wide, narrow = [torch.full((2,), 1.001), torch.ones(2).half()], [torch.ones(2), torch.full((2,), 1.01).half()]
+        agree(wide, 1e-2, 0.0)
+        with pytest.raises(AssertionError, match="avx2, call 0, output 0"):
+            agree(wide, 1e-4, 1.0)
+        agree(narrow, 0.0, 2e-2)
+        with pytest.raises(AssertionError, match="avx2, call 0, output 0"):
+            agree(narrow, 1e-3, 2e-2, by_first=True)
 
 
 class TestFixtures:

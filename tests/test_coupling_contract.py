@@ -1,6 +1,5 @@
 """The rest of the contract of the coupling op: layouts, threads, compilation, transforms, dtypes, instruction sets."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +14,17 @@ from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
+    stacked,
     strided_variants,
+    tangents_of,
 )
 from tests.coupling_cases import (
     ACTNORM_CASES,
@@ -32,20 +38,15 @@ from tests.coupling_cases import (
     eager_spline,
     spline_operands,
 )
+from tests.gradients import with_grads
 
-ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def with_grads(case: CouplingCase, operands: list[Tensor]) -> list[Tensor]:
-    """Outputs, and the gradients of a sum that weighs every element of every output differently."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = case.call(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    wanted = [output for output in outputs if output.requires_grad]
-    weights = [torch.linspace(-1, 2, output.numel()).view(output.shape).to(output) for output in wanted]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(wanted, leaves, weights))
+def results(case: CouplingCase, operands: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients; the log-determinant of an additive layer depends on nothing."""
+    return with_grads(case.call, operands, constant=True)
 
 
 def check_equal(actual: list[Tensor], expected: list[Tensor], case: CouplingCase, backend: str) -> None:
@@ -97,11 +98,9 @@ def test_strides_and_offsets(case, backend):
     """Every operand in every layout: the outputs and gradients of contiguous operands."""
     operands = case.make(_shape(case))
     with use_backend(backend):
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
-                check_equal(actual, expected, case, backend)
+        expected = results(case, operands)
+        for given in in_every_layout(operands):
+            check_equal(results(case, given), expected, case, backend)
 
 
 @on_every_backend
@@ -110,12 +109,8 @@ def test_expanded_operands(case, backend):
     """One sample, one channel, or one value for all, without a copy of it in memory."""
     operands = case.make((3, 4, 5))
     with use_backend(backend):
-        for index, operand in enumerate(operands):
-            for dim in range(operand.dim()):
-                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
-                actual = with_grads(case, [*operands[:index], wide, *operands[index + 1 :]])
-                expected = with_grads(case, [*operands[:index], wide.clone(), *operands[index + 1 :]])
-                check_equal(actual, expected, case, backend)
+        for wide, dense in expanded_and_dense(operands):
+            check_equal(results(case, wide), results(case, dense), case, backend)
 
 
 @on_every_backend
@@ -140,8 +135,8 @@ def test_inputs_unchanged_and_repeatable(case, backend):
         operands = case.make(shape)
         with use_backend(backend):
             with assert_inputs_unchanged(*operands):
-                with_grads(case, operands)
-            assert_bitwise_repeatable(lambda operands=operands: with_grads(case, operands))
+                results(case, operands)
+            assert_bitwise_repeatable(lambda operands=operands: results(case, operands))
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -152,12 +147,7 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
     for shape in shapes:
         operands = case.make(shape)
         with use_backend(backend):
-            results = []
-            for threads in thread_counts:
-                torch.set_num_threads(threads)
-                results.append(with_grads(case, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+            assert_threads_agree(lambda operands=operands: results(case, operands), thread_counts)
 
 
 COMPILED = (
@@ -233,52 +223,26 @@ def test_vmap(case):
     """Over an added dimension of every operand; over that of x alone."""
     # float64 for splines: vmap takes the reference, and rounding must not count where a bin is steep.
     dtype = torch.float64 if case in SPLINE_CASES else torch.float32
-    stacked = [torch.stack(parts) for parts in zip(*(case.make((2, 4, 5), dtype) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
-    x, *rest = stacked
-    assert_vmap(case.call, [x, *(p[0] for p in rest)], (0, *[None] * len(rest)))
+    operands = stacked(lambda: case.make((2, 4, 5), dtype))
+    assert_vmap(case.call, operands)
+    assert_vmap_of_one(case.call, operands, 0)
 
 
 @every_case
 def test_functional_transforms(case):
     """torch.func's gradient and directional derivative are those of autograd."""
-    operands = case.make((2, 4, 3), torch.float64)
-
-    def total(*operands: Tensor) -> Tensor:
-        outputs = case.call(*operands)
-        return sum(output.sin().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
-
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    actual = torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands)
-    torch.testing.assert_close(actual, expected)
-    tangents = tuple(torch.randn_like(operand) for operand in operands)
-    _, derivative = torch.func.jvp(total, tuple(operands), tangents)
-    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    torch.testing.assert_close(derivative, along)
+    assert_functional_transforms(case.call, case.make((2, 4, 3), torch.float64))
 
 
 @every_case
 def test_forward_mode_in_float32(case):
     """Dual numbers take the reference by themselves."""
-    operands = case.make((2, 4, 3))
-    tangents = [torch.randn_like(operand) for operand in operands]
-    with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(o, t) for o, t in zip(operands, tangents, strict=True)]
-        outputs = case.call(*duals)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        actual = [torch.autograd.forward_ad.unpack_dual(o).tangent for o in outputs]
-    wide = tuple(o.double() for o in operands)
-    _, expected = torch.func.jvp(case.call_eager, wide, tuple(t.double() for t in tangents))
-    for a, e in zip(actual, expected if isinstance(expected, tuple) else (expected,), strict=True):
-        torch.testing.assert_close(torch.zeros_like(e) if a is None else a.double(), e, rtol=1e-3, atol=1e-3)
+    actual, expected = tangents_of(case.call, case.call_eager, case.make((2, 4, 3)))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.coupling_cases import CASES
-torch.manual_seed(0)
 outputs = []
 for case in CASES:
     for dtype in (torch.float32, torch.bfloat16):
@@ -287,19 +251,12 @@ for case in CASES:
         result = result if isinstance(result, tuple) else (result,)
         sum(r.float().square().sum() for r in result if r.requires_grad).backward()
         outputs.append([t.detach() for t in result] + [leaf.grad for leaf in leaves])
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                tolerance, size = 1e-4 if a.dtype == torch.float32 else 2e-2, max(1.0, float(b.abs().max()))
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=1e-4, others=2e-2)
 
 
 def test_the_eager_yardstick_has_the_published_checkerboard():

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,8 +13,10 @@ from tests.contract import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_inputs_unchanged,
+    assert_never_waits,
     capture,
-    strided_variants,
+    in_every_layout,
+    tensors_of,
 )
 from tests.coupling_cases import (
     ADDITIVE_CASES,
@@ -26,23 +27,15 @@ from tests.coupling_cases import (
     eager_affine,
     spline_operands,
 )
-from tests.coupling_op import SHAPES, SPLINE_SHAPES, affine_args, check_case, spline_args, values_and_gradients
+from tests.coupling_op import SHAPES, SPLINE_SHAPES, affine_args, check_case, spline_args
+from tests.gradients import values_and_gradients
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_triton")]
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DGM = torch.ops.dgm
 # One of each kernel, with what it has of options.
 KERNELS = [AFFINE_CASES[0], AFFINE_CASES[9], ADDITIVE_CASES[0], SPLINE_CASES[0], SPLINE_CASES[1], LOG_PROB_CASES[1]]
-
-
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    state = dgm.backends()["triton"]
-    if not state.startswith("available"):
-        pytest.skip(state)
-    with dgm.use_backend("triton"):
-        yield
 
 
 def on_device(case: CouplingCase, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -78,12 +71,10 @@ class TestNumbers:
         """Among them addresses that are no multiples of 16 bytes."""
         operands = on_device(case, (6, 64))
         expected = values_and_gradients(case.call, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                given = [*operands[:index], variant, *operands[index + 1 :]]
-                with assert_inputs_unchanged(*given):
-                    actual = values_and_gradients(case.call, given)
-                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        for given in in_every_layout(operands):
+            with assert_inputs_unchanged(*given):
+                actual = values_and_gradients(case.call, given)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     def test_calls_that_differ_in_numbers_only(self):
         """The same compiled kernel serves them; nothing of the first call may stick."""
@@ -158,8 +149,7 @@ class TestDevice:
 
         def run() -> list[Tensor]:
             leaves = [operand.detach().requires_grad_() for operand in operands]
-            outputs = case.call(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = tensors_of(case.call(*leaves))
             used = [o for o in outputs if o.requires_grad]
             return [*outputs, *torch.autograd.grad(used, leaves, [torch.ones_like(o) for o in used])]
 
@@ -177,17 +167,13 @@ class TestDevice:
         ones = [torch.ones(s, device=DEVICE) for s in ((3, 114), (3,))]
 
         def run() -> tuple[Tensor, ...]:
-            outputs = case.call(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = tensors_of(case.call(*leaves))
             used = [o for o in outputs if o.requires_grad]
             return torch.autograd.grad(used, leaves, ones[2 - len(outputs) :][: len(used)])
 
         run()  # Triton compiles here
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            results = run()  # raises where something waits
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with assert_never_waits():
+            results = run()
         assert all(result.isfinite().all() for result in results)
 
     def test_runs_on_the_current_stream(self):

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dgm_kernels import additive_coupling, affine_coupling, standard_normal_log_prob, use_backend
 from tests.cases import BACKENDS, DTYPES, NATIVE
-from tests.contract import assert_parity
+from tests.contract import assert_parity, sum_of_sines, tensors_of
 from tests.coupling_cases import (
     ACTNORM_CASES,
     AFFINE_CASES,
@@ -25,6 +25,7 @@ from tests.coupling_cases import (
     moved_shape,
     unchanged,
 )
+from tests.gradients import assert_any_subset_of_gradients, in_every_incoming_layout, incoming_gradients
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_native = pytest.mark.parametrize("backend", NATIVE)
@@ -56,19 +57,11 @@ def test_affine_gradcheck_of_every_mask_and_map(mask, scale_map, inverse):
     assert gradcheck(lambda *a: affine_coupling(*a, **options), leaves, fast_mode=True)
 
 
-def weights_of(outputs: Any) -> list[Tensor]:
-    """The same incoming gradients for outputs of any dtype; exact in 16 bits."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(-8, 9, o.shape, generator=generator).to(o.dtype) / 4 for o in outputs]
-
-
 def gradients(function: Any, operands: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Of every operand, computed in ``dtype``."""
     leaves = [operand.detach().to(dtype).requires_grad_() for operand in operands]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(o, w) for o, w in zip(outputs, weights_of(outputs), strict=True) if o.requires_grad]
+    outputs = tensors_of(function(*leaves))
+    pairs = [(o, w) for o, w in zip(outputs, incoming_gradients(outputs), strict=True) if o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], leaves, [w for _, w in pairs])
 
 
@@ -108,8 +101,7 @@ def test_spline_gradients_are_as_exact_as_those_of_eager(case, backend):
 
 
 def total_of(outputs: Any, which: tuple[int, ...] = (0, 1)) -> Tensor:
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum(outputs[i].sin().sum() for i in which if i < len(outputs))
+    return sum_of_sines([output for i, output in enumerate(tensors_of(outputs)) if i in which])
 
 
 @on_every_backend
@@ -162,48 +154,19 @@ def test_one_output_used_alone(case, backend):
 @every_case
 def test_some_operands_need_no_gradient(case, backend):
     """Any subset of the operands: each gets the gradient that it gets when all ask for one, the others none."""
-    operands = case.make((2, 4, 3))
     with use_backend(backend):
-        leaves = [operand.clone().requires_grad_() for operand in operands]
-        expected = torch.autograd.grad(total_of(case.call(*leaves)), leaves)
-        for wanted in itertools.product((False, True), repeat=len(operands)):
-            leaves = [operand.clone().requires_grad_(w) for operand, w in zip(operands, wanted, strict=True)]
-            total = total_of(case.call(*leaves))
-            assert total.requires_grad == any(wanted)
-            if total.requires_grad:
-                total.backward()
-            for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
-                assert (leaf.grad is not None) == want
-                if want:
-                    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-6)
+        assert_any_subset_of_gradients(lambda *leaves: sum_of_sines(case.call(*leaves)), case.make((2, 4, 3)))
 
 
 @on_every_backend
 @every_case
 def test_incoming_gradients_of_any_layout(case, backend):
     """Expanded (as ``sum`` gives), transposed, and with gaps."""
-    operands = case.make((2, 4, 3))
-
-    def grads(arrange: Any) -> tuple[Tensor, ...]:
-        leaves = [operand.clone().requires_grad_() for operand in operands]
-        outputs = case.call(*leaves)
-        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-        return torch.autograd.grad(outputs, leaves, [arrange(o) for o in outputs])
-
-    def gappy(o: Tensor) -> Tensor:
-        return torch.full((*o.shape, 2), torch.nan)[..., 0].fill_(1.0)
-
+    # PyTorch's sums, which actnorm is made of, depend on the layout.
+    tolerance = 1e-6 if case in ACTNORM_CASES else 0
     with use_backend(backend):
-        expected = grads(torch.ones_like)
-        for arrange in (
-            lambda o: torch.ones(()).expand(o.shape),
-            lambda o: torch.ones(o.shape[0], *[1] * (o.dim() - 1)).expand(o.shape),
-            lambda o: torch.ones(tuple(reversed(o.shape))).permute(*reversed(range(o.dim()))),
-            gappy,
-        ):
-            # PyTorch's sums, which actnorm is made of, depend on the layout.
-            tolerance = 1e-6 if case in ACTNORM_CASES else 0
-            torch.testing.assert_close(grads(arrange), expected, rtol=tolerance, atol=tolerance)
+        for actual, expected in in_every_incoming_layout(case.call, case.make((2, 4, 3)), constant=True):
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @on_every_backend

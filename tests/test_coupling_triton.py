@@ -12,6 +12,8 @@ from tests.contract import (
     assert_bitwise_repeatable,
     assert_inputs_unchanged,
     assert_passes_interpreted,
+    compiled_usage,
+    in_every_layout,
     strided_variants,
 )
 from tests.coupling_cases import (
@@ -33,8 +35,8 @@ from tests.coupling_op import (
     affine_args,
     check_case,
     spline_args,
-    values_and_gradients,
 )
+from tests.gradients import values_and_gradients
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -124,12 +126,10 @@ class TestInterpreted:
         for function, operands in calls:
             with dgm.use_backend("triton"):
                 expected = values_and_gradients(function, operands)
-                for index, operand in enumerate(operands):
-                    for variant in strided_variants(operand):
-                        given = [*operands[:index], variant, *operands[index + 1 :]]
-                        with assert_inputs_unchanged(*given):
-                            actual = values_and_gradients(function, given)
-                        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+                for given in in_every_layout(operands):
+                    with assert_inputs_unchanged(*given):
+                        actual = values_and_gradients(function, given)
+                    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
     def test_dtypes_may_differ(self):
         x, shift, log_scale = torch.randn(3, 9).bfloat16(), torch.randn(3, 9), torch.randn(3, 9).half()
@@ -316,11 +316,9 @@ class TestNotInterpreted:
 
         Of a spline these are the 8 widths and heights; the 7 derivatives are no multiple of 16 bytes.
         """
-        from bench.aot import Spec, compile_spec
         from dgm_kernels.coupling.triton import aot_specs
 
-        spec = next(Spec(*found) for found in aot_specs() if found[0] == name)
-        usage = compile_spec(spec, 90)
+        usage = compiled_usage(aot_specs(), name)
         assert (usage.wide_loads, usage.wide_stores) == (loads, stores)
         assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)
         assert usage.registers <= 96

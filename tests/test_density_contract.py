@@ -13,11 +13,19 @@ from dgm_kernels.density import op
 from tests.cases import BACKENDS, NATIVE
 from tests.contract import (
     assert_bitwise_repeatable,
+    assert_close_by_size,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
+    stacked,
     strided_variants,
+    tangents_of,
 )
 from tests.density_cases import (
     CASES,
@@ -31,27 +39,16 @@ from tests.density_cases import (
     Sizes,
     as_tuple,
 )
+from tests.gradients import with_grads
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_native = pytest.mark.parametrize("backend", NATIVE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def with_grads(case: DensityCase, operands: list[Tensor]) -> list[Tensor]:
-    """Outputs, and the gradients of a sum that weighs every element of every output differently."""
-    if not case.differentiable:
-        return list(as_tuple(case.call(*operands)))
-    alone = case in DENOISER_CASES  # whose other operands have gradients on the reference alone
-    leaves = [operand.detach().requires_grad_(index == 0 or not alone) for index, operand in enumerate(operands)]
-    outputs = as_tuple(case.call(*leaves))
-    weights = [torch.linspace(-1, 2, output.numel()).view(output.shape).to(output) for output in outputs]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, wanted, weights))
-
-
-def scaled(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """By the largest element of each."""
-    return [t / max(1.0, float(e.abs().max())) if e.numel() else t for t, e in zip(tensors, like, strict=True)]
+def results(case: DensityCase, operands: list[Tensor]) -> list[Tensor]:
+    """Outputs, and the gradients of the operands that have one on every backend."""
+    return with_grads(case.call, operands, case.trained)
 
 
 def _overload_arguments() -> list[Any]:
@@ -96,12 +93,10 @@ def test_strides_and_offsets(case, backend):
     """Every operand in every layout: the outputs and gradients of contiguous operands."""
     operands = case.make(Sizes(9, 5, 3))
     with use_backend(backend):
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
-                # Products and sums by PyTorch around the kernels depend on the layout.
-                torch.testing.assert_close(scaled(actual, expected), scaled(expected, expected), rtol=2e-6, atol=2e-6)
+        expected = results(case, operands)
+        for given in in_every_layout(operands):
+            # Products and sums by PyTorch around the kernels depend on the layout.
+            assert_close_by_size(results(case, given), expected, 2e-6)
 
 
 @on_native
@@ -122,14 +117,10 @@ def test_expanded_operands(case, backend):
     """One point, one mean or one number for all, without a copy of it in memory."""
     operands = case.make(Sizes(9, 5, 3))
     with use_backend(backend):
-        for index, operand in enumerate(operands):
-            if case.names[index] in ("weights", "covariance", "scale_tril"):
-                continue
-            for dim in range(operand.dim()):
-                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
-                actual = as_tuple(case.call(*operands[:index], wide, *operands[index + 1 :]))
-                expected = as_tuple(case.call(*operands[:index], wide.clone(), *operands[index + 1 :]))
-                torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+        indices = [i for i, name in enumerate(case.names) if name not in ("weights", "covariance", "scale_tril")]
+        for wide, dense in expanded_and_dense(operands, indices):
+            actual, expected = as_tuple(case.call(*wide)), as_tuple(case.call(*dense))
+            torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
 
 
 @on_every_backend
@@ -138,8 +129,8 @@ def test_inputs_unchanged_and_repeatable(case, backend):
     operands = case.make(Sizes(113, 31, 3))
     with use_backend(backend):
         with assert_inputs_unchanged(*operands):
-            with_grads(case, operands)
-        assert_bitwise_repeatable(lambda: with_grads(case, operands))
+            results(case, operands)
+        assert_bitwise_repeatable(lambda: results(case, operands))
 
 
 @on_native
@@ -150,16 +141,10 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
         if case.is_full and sizes.features == 5:
             sizes = Sizes(300, 50, 5)
         operands = case.make(sizes)
-        with use_backend(backend):
-            results = []
-            for threads in thread_counts:
-                torch.set_num_threads(threads)
-                results.append(with_grads(case, operands))
         # Gradients of responsibilities are products by PyTorch, whose order of summing depends on the threads.
         tolerance = 2e-6 if case.options.get("return_responsibilities") else 0.0
-        for other in results[1:]:
-            actual, expected = scaled(other, results[0]), scaled(results[0], results[0])
-            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        with use_backend(backend):
+            assert_threads_agree(lambda operands=operands: results(case, operands), thread_counts, tolerance)
 
 
 @on_native
@@ -192,7 +177,7 @@ def test_memory_is_linear(case, backend):
     sizes = Sizes(PAIRS, PAIRS, 4)
     operands = case.make(sizes)
     with use_backend(backend):
-        peak = peak_memory(functools.partial(with_grads, case, operands), torch.device("cpu"))
+        peak = peak_memory(functools.partial(results, case, operands), torch.device("cpu"))
     assert peak < 0.1 * 4 * PAIRS**2, f"{peak / 2**20:.1f} MiB"
 
 
@@ -279,32 +264,19 @@ def test_autocast_changes_nothing(case, backend):
 def test_vmap(case):
     """Over an added dimension of every operand; over that of x alone."""
     sizes = Sizes(6, 5, 3)
-    stacked = [torch.stack(parts) for parts in zip(*(case.make(sizes, torch.float64) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
-    x, *rest = stacked
-    assert_vmap(case.call, [x, *(p[0] for p in rest)], (0, *[None] * len(rest)))
+    operands = stacked(lambda: case.make(sizes, torch.float64))
+    assert_vmap(case.call, operands)
+    assert_vmap_of_one(case.call, operands, 0)
     if case in EM_CASES:
         return  # sums over the points, which are not exact to more digits than the tolerance
     single = case.make(sizes)  # float32, which a native backend would take outside of vmap
-    assert_vmap(case.call, [torch.stack([single[0], 2 * single[0]]), *single[1:]], (0, *[None] * len(rest)))
+    assert_vmap(case.call, [torch.stack([single[0], 2 * single[0]]), *single[1:]], (0, *[None] * (len(single) - 1)))
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE_CASES, ids=str)
 def test_functional_transforms(case):
     """torch.func's gradient and directional derivative are those of autograd."""
-    operands = case.make(Sizes(6, 5, 3), torch.float64)
-
-    def total(*operands: Tensor) -> Tensor:
-        return sum(output.sin().sum() for output in as_tuple(case.call_free(*operands)))
-
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    actual = torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands)
-    torch.testing.assert_close(actual, expected)
-    tangents = tuple(torch.randn_like(operand) for operand in operands)
-    _, derivative = torch.func.jvp(total, tuple(operands), tangents)
-    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    torch.testing.assert_close(derivative, along)
+    assert_functional_transforms(case.call_free, case.make(Sizes(6, 5, 3), torch.float64))
 
 
 def test_the_divergence_of_the_score():
@@ -327,21 +299,12 @@ def test_forward_mode_in_float32(case):
     tangents = [torch.randn_like(operand) for operand in operands]
     if "covariance" in case.names:  # eager's Cholesky factor reads one triangle
         tangents[case.names.index("covariance")] += tangents[case.names.index("covariance")].mT.clone()
-    with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(o, t) for o, t in zip(operands, tangents, strict=True)]
-        actual = [torch.autograd.forward_ad.unpack_dual(o).tangent for o in as_tuple(case.call(*duals))]
-    wide = tuple(o.double() for o in operands)
-    _, expected = torch.func.jvp(case.call_eager, wide, tuple(t.double() for t in tangents))
-    for a, e in zip(actual, as_tuple(expected), strict=True):
-        size = max(1.0, float(e.abs().max()))
-        torch.testing.assert_close(a.double() / size, e / size, rtol=1e-4, atol=1e-4)
+    actual, expected = tangents_of(case.call, case.call_eager, operands, tangents)
+    assert_close_by_size(actual, expected, 1e-4)
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.density_cases import CASES, DENOISER_CASES, Sizes, as_tuple
-torch.manual_seed(0)
 outputs = []
 for case in CASES:
     for sizes in (Sizes(59, 31, 3), Sizes(33, 70, 33)):
@@ -352,18 +315,12 @@ for case in CASES:
         if case.differentiable:
             sum(r.square().sum() for r in result).backward()
         outputs.append([t.detach() for t in result] + [leaf.grad for leaf in leaves if leaf.grad is not None])
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @on_native
 def test_instruction_sets_agree(backend, tmp_path):
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    assert "default" in results
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            torch.testing.assert_close(scaled(ours, theirs), scaled(theirs, theirs), rtol=5e-5, atol=5e-5)
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=5e-5, others=5e-5)
 
 
 @on_every_backend

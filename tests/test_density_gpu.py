@@ -1,8 +1,6 @@
 """The Triton kernels of the density op on a GPU."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +9,12 @@ from torch import Tensor
 import dgm_kernels as dgm
 from tests.contract import (
     assert_bitwise_repeatable,
+    assert_close_by_size,
     assert_compiles,
     assert_inputs_unchanged,
+    assert_never_waits,
     capture,
-    strided_variants,
+    in_every_layout,
 )
 from tests.density_cases import (
     CASES,
@@ -29,8 +29,9 @@ from tests.density_cases import (
     eager_mixture,
 )
 from tests.density_errors import Draw, assert_parity_of_draws
+from tests.gradients import with_grads
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_triton")]
 DEVICE = "cuda"
 NATIVE_CASES = [case for case in CASES if not case.is_full]  # full covariances are computed by the reference
 # One of each kernel, with what it has of options.
@@ -38,29 +39,13 @@ KERNELS = [*MIXTURE_CASES[:2], *MIXTURE_CASES[4:6], KDE_CASES[0], DENOISER_CASES
 LARGE = [Sizes(5000, 257, 64), Sizes(300, 20_000, 100), Sizes(100_000, 5, 2)]
 
 
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    state = dgm.backends()["triton"]
-    if not state.startswith("available"):
-        pytest.skip(state)
-    with dgm.use_backend("triton"):
-        yield
-
-
 def on_device(case: DensityCase, sizes: Sizes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [operand.to(DEVICE) for operand in case.make(sizes, dtype)]
 
 
-def with_grads(case: DensityCase, operands: list[Tensor], call: Callable[..., Any] | None = None) -> list[Tensor]:
-    """Outputs, and the gradients of a sum that weighs every element of every output differently."""
-    call = call or case.call
-    if not case.differentiable:
-        return list(as_tuple(call(*operands)))
-    count = 1 if case in DENOISER_CASES else len(operands)  # others have gradients on the reference alone
-    leaves = [o.detach().requires_grad_(index < count) for index, o in enumerate(operands)]
-    outputs = as_tuple(call(*leaves))
-    weights = [torch.linspace(-1, 2, output.numel()).view(output.shape).to(output) for output in outputs]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves[:count], weights))
+def results(case: DensityCase, operands: list[Tensor]) -> list[Tensor]:
+    """Outputs, and the gradients of the operands that have one on every backend."""
+    return with_grads(case.call, operands, case.trained)
 
 
 class TestNumbers:
@@ -70,11 +55,12 @@ class TestNumbers:
 
             def draw(sizes: Sizes = sizes) -> Draw:
                 operands = on_device(case, sizes)
-                exact = with_grads(case, [operand.double() for operand in operands], case.call_eager)
+                exact = with_grads(case.call_eager, [operand.double() for operand in operands], case.trained)
                 differs = functools.partial(case.call_eager, differences=True)
                 small = sizes.points * sizes.components * sizes.features < 1e8
-                forms = [with_grads(case, operands, call) for call in (case.call_eager, differs)[: 2 if small else 1]]
-                return with_grads(case, operands), forms, exact
+                calls = (case.call_eager, differs)[: 2 if small else 1]
+                forms = [with_grads(call, operands, case.trained) for call in calls]
+                return results(case, operands), forms, exact
 
             names = [f"number {i}" for i in range(8)][: len(draw()[0])]
             assert_parity_of_draws(draw, sizes, names, slack=2.0)
@@ -133,33 +119,28 @@ class TestContract:
     def test_any_strides_and_addresses(self, case):
         """Among them addresses that are no multiples of 16 bytes."""
         operands = on_device(case, Sizes(6, 5, 16))
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                given = [*operands[:index], variant, *operands[index + 1 :]]
-                with assert_inputs_unchanged(*given):
-                    actual = with_grads(case, given)
-                for a, e in zip(actual, expected, strict=True):
-                    torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5 * max(1.0, float(e.abs().max())))
+        expected = results(case, operands)
+        for given in in_every_layout(operands):
+            with assert_inputs_unchanged(*given):
+                actual = results(case, given)
+            assert_close_by_size(actual, expected, 1e-5)
 
     @pytest.mark.parametrize("case", KERNELS, ids=str)
     def test_repeatable(self, case):
         operands = on_device(case, Sizes(3000, 700, 5))
-        assert_bitwise_repeatable(lambda: with_grads(case, operands), runs=10)
+        assert_bitwise_repeatable(lambda: results(case, operands), runs=10)
 
     @pytest.mark.parametrize("case", [c for c in KERNELS if c not in MMD_CASES], ids=str)
     def test_zero_points(self, case):
-        outputs = with_grads(case, on_device(case, Sizes(0, 5, 3)))
+        outputs = results(case, on_device(case, Sizes(0, 5, 3)))
         assert outputs[0].numel() == 0
         assert not any(t.any() for t in outputs)
 
     @pytest.mark.parametrize("case", KERNELS, ids=str)
     def test_compiles(self, case):
-        count = 1 if case in DENOISER_CASES else None
-
         def inputs(*sizes: int) -> list[Tensor]:
             operands = on_device(case, Sizes(*sizes))
-            return [o.requires_grad_(count is None or i < count) for i, o in enumerate(operands)]
+            return [o.requires_grad_(i < case.trained) for i, o in enumerate(operands)]
 
         assert_compiles(case.call, inputs(5, 4, 3), inputs(9, 7, 6), backend="aot_eager")
 
@@ -175,11 +156,11 @@ class TestContract:
     def test_memory_is_linear(self, case):
         """Of 20 000 x 20 000 pairs, a matrix of which has 1.6 GB."""
         operands = on_device(case, Sizes(20_000, 20_000, 4))
-        with_grads(case, operands)
+        results(case, operands)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        with_grads(case, operands)
+        results(case, operands)
         assert torch.cuda.max_memory_allocated() - before < 160e6
 
     def test_not_positive_is_nan_and_no_error(self):
@@ -193,17 +174,16 @@ class TestDevice:
     @pytest.mark.parametrize("case", KERNELS, ids=str)
     def test_a_graph_replays_with_new_values(self, case):
         operands, others = on_device(case, Sizes(700, 300, 5)), on_device(case, Sizes(700, 300, 5))
-        graph, replayed = capture(lambda: with_grads(case, operands))
+        graph, replayed = capture(lambda: results(case, operands))
         for operand, other in zip(operands, others, strict=True):
             operand.copy_(other)
         graph.replay()
-        for actual, expected in zip(replayed, with_grads(case, operands), strict=True):
+        for actual, expected in zip(replayed, results(case, operands), strict=True):
             assert torch.equal(actual, expected)
 
     @pytest.mark.parametrize("case", KERNELS, ids=str)
     def test_never_waits_for_the_device(self, case):
-        count = 1 if case in DENOISER_CASES else 5
-        leaves = [o.requires_grad_(i < count) for i, o in enumerate(on_device(case, Sizes(59, 31, 5)))]
+        leaves = [o.requires_grad_(i < case.trained) for i, o in enumerate(on_device(case, Sizes(59, 31, 5)))]
         ones = [torch.ones_like(output) for output in as_tuple(case.call(*leaves))]
 
         def run() -> tuple[Tensor, ...]:
@@ -211,12 +191,9 @@ class TestDevice:
             return torch.autograd.grad(as_tuple(case.call(*leaves)), wanted, ones)
 
         run()  # Triton compiles here
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            results = run()  # raises where something waits
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert all(result.isfinite().all() for result in results)
+        with assert_never_waits():
+            gradients = run()
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
     def test_runs_on_the_current_stream(self):
         x, means, scale = (t.to(DEVICE) for t in (torch.randn(999, 3), torch.randn(31, 3), torch.ones(31, 3)))

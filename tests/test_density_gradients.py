@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dgm_kernels import empirical_denoiser, kde_log_prob, mixture_em_statistics, mixture_log_prob, mmd, use_backend
 from tests.cases import BACKENDS, NATIVE
+from tests.contract import assert_close_by_size
 from tests.density_cases import (
     DENOISER_CASES,
     DIFFERENTIABLE_CASES,
@@ -23,6 +24,7 @@ from tests.density_cases import (
     as_tuple,
 )
 from tests.density_errors import Draw, assert_parity_of_draws
+from tests.gradients import in_every_incoming_layout, incoming_gradients
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_native = pytest.mark.parametrize("backend", NATIVE)
@@ -42,17 +44,11 @@ def test_gradgradcheck_float64(case):
     assert gradgradcheck(case.call_free, operands, check_fwd_over_rev=True)
 
 
-def seeds_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same incoming gradients for outputs of any dtype."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(-8, 9, o.shape, generator=generator).to(o.dtype) / 4 for o in outputs]
-
-
 def gradients(function: Any, leaves: list[Tensor], **more: Any) -> tuple[Tensor, ...]:
     """Of every leaf that asks for one."""
     outputs = as_tuple(function(*leaves, **more))
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = torch.autograd.grad(outputs, wanted, seeds_of(outputs), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(outputs, wanted, incoming_gradients(outputs), allow_unused=True, materialize_grads=True)
     return tuple(gradient.detach() for gradient in found)
 
 
@@ -120,7 +116,7 @@ def test_one_output_used_alone(case, backend):
     def grads(which: tuple[int, ...]) -> tuple[Tensor, ...]:
         leaves = case.leaves(operands, backend)
         outputs = as_tuple(case.call(*leaves))
-        chosen, seeds = zip(*((outputs[i], seeds_of(outputs)[i]) for i in which), strict=True)
+        chosen, seeds = zip(*((outputs[i], incoming_gradients(outputs)[i]) for i in which), strict=True)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         return torch.autograd.grad(chosen, wanted, seeds, allow_unused=True, materialize_grads=True)
 
@@ -146,7 +142,7 @@ def test_some_operands_need_no_gradient(case, backend):
             leaves = [operand.clone().requires_grad_(w) for operand, w in zip(operands, wanted, strict=True)]
             outputs = as_tuple(case.call(*leaves))
             assert any(o.requires_grad for o in outputs) == any(wanted)
-            used = [(o, s) for o, s in zip(outputs, seeds_of(outputs), strict=True) if o.requires_grad]
+            used = [(o, s) for o, s in zip(outputs, incoming_gradients(outputs), strict=True) if o.requires_grad]
             if used:
                 torch.autograd.backward([o for o, _ in used], [s for _, s in used])
             for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
@@ -161,26 +157,11 @@ def test_some_operands_need_no_gradient(case, backend):
 def test_incoming_gradients_of_any_layout(case, backend):
     """Expanded (as ``sum`` gives), transposed, and with gaps."""
     operands = case.make(Sizes(9, 5, 3))
-
-    def grads(arrange: Any) -> tuple[Tensor, ...]:
-        leaves = case.leaves(operands, backend)
-        outputs = as_tuple(case.call(*leaves))
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, [arrange(o) for o in outputs])
-        return tuple(g / max(1.0, float(g.abs().max())) for g in found)
-
-    def gappy(o: Tensor) -> Tensor:
-        return torch.full((*o.shape, 2), torch.nan)[..., 0].fill_(1.0)
-
+    count = case.trained if backend != "reference" else None
     with use_backend(backend):
-        expected = grads(torch.ones_like)
-        for arrange in (
-            lambda o: torch.ones(()).expand(o.shape),
-            lambda o: torch.ones(tuple(reversed(o.shape))).permute(tuple(reversed(range(o.dim())))),
-            gappy,
-        ):
+        for actual, expected in in_every_incoming_layout(case.call, operands, count):
             # PyTorch's sums around the kernels depend on the layout.
-            torch.testing.assert_close(grads(arrange), expected, rtol=2e-6, atol=2e-6)
+            assert_close_by_size(actual, expected, 2e-6)
 
 
 @on_every_backend

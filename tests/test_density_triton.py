@@ -6,16 +6,17 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
 
 import dgm_kernels as dgm
 from tests.contract import (
     assert_bitwise_repeatable,
     assert_inputs_unchanged,
     assert_passes_interpreted,
+    compiled_usage,
     max_error,
 )
-from tests.density_cases import CASES, DENOISER_CASES, EM_CASES, KDE_CASES, MIXTURE_CASES, MMD_CASES, Sizes, as_tuple
+from tests.density_cases import CASES, DENOISER_CASES, EM_CASES, KDE_CASES, MIXTURE_CASES, MMD_CASES, Sizes
+from tests.gradients import with_grads
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,26 +26,14 @@ SMALL = (Sizes(1, 1, 1), Sizes(3, 2, 2), Sizes(37, 35, 17))
 WIDE = Sizes(3, 35, 150)  # two parts of a row
 
 
-def with_grads(case, operands: list[Tensor], call=None) -> list[Tensor]:
-    """Outputs, and the gradients of a sum that weighs every element of every output differently."""
-    call = call or case.call
-    if not case.differentiable:
-        return list(as_tuple(call(*operands)))
-    count = 1 if case in DENOISER_CASES else len(operands)  # others have gradients on the reference alone
-    leaves = [o.detach().requires_grad_(index < count) for index, o in enumerate(operands)]
-    outputs = as_tuple(call(*leaves))
-    weights = [torch.linspace(-1, 2, output.numel()).view(output.shape).to(output) for output in outputs]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves[:count], weights))
-
-
 def check(case, sizes: Sizes) -> None:
     """At most four times as far off as the worse of eager's two forms: the largest error of one draw is luck."""
     operands = case.make(sizes)
-    exact = with_grads(case, [operand.double() for operand in operands], case.call_eager)
+    exact = with_grads(case.call_eager, [operand.double() for operand in operands], case.trained)
     differs = functools.partial(case.call_eager, differences=True)
-    forms = [with_grads(case, operands, call) for call in (case.call_eager, differs)]
+    forms = [with_grads(call, operands, case.trained) for call in (case.call_eager, differs)]
     with dgm.use_backend("triton"):
-        actual = with_grads(case, operands)
+        actual = with_grads(case.call, operands, case.trained)
     rounding = 1e-6 * max(1.0, math.sqrt(sizes.features) / 4) + sizes.features * 2**-24
     for index, (a, e) in enumerate(zip(actual, exact, strict=True)):
         scale = max(1.0, float(e.abs().max()))
@@ -152,14 +141,14 @@ class TestInterpreted:
     @pytest.mark.parametrize("case", [*MIXTURE_CASES[3:6:2], KDE_CASES[0], DENOISER_CASES[5]], ids=str)
     def test_zero_points(self, case):
         with dgm.use_backend("triton"):
-            outputs = with_grads(case, case.make(Sizes(0, 5, 3)))
+            outputs = with_grads(case.call, case.make(Sizes(0, 5, 3)), case.trained)
         assert outputs[0].numel() == 0 and not any(t.any() for t in outputs)
 
     @pytest.mark.parametrize("case", [MIXTURE_CASES[5], EM_CASES[2], DENOISER_CASES[6], MMD_CASES[1]], ids=str)
     def test_repeatable_and_inputs_unchanged(self, case):
         operands = case.make(Sizes(9, 40, 3))
         with dgm.use_backend("triton"), assert_inputs_unchanged(*operands):
-            assert_bitwise_repeatable(lambda: with_grads(case, operands), runs=2)
+            assert_bitwise_repeatable(lambda: with_grads(case.call, operands, case.trained), runs=2)
 
     def test_operands_with_gaps_in_memory(self):
         """Of the ops themselves; the public functions give them contiguous ones."""
@@ -211,10 +200,8 @@ class TestNotInterpreted:
     )
     def test_compiled_accesses_are_16_bytes_and_nothing_spills(self, name, loads, stores):
         """At least so many; tiles that are loaded ahead are not among them, but copied to shared memory."""
-        from bench.aot import Spec, compile_spec
         from dgm_kernels.density.triton import aot_specs
 
-        spec = next(Spec(*found) for found in aot_specs() if found[0] == name)
-        usage = compile_spec(spec, 90)
+        usage = compiled_usage(aot_specs(), name)
         assert usage.wide_loads >= loads and usage.wide_stores >= stores
         assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dgm_kernels
 from dgm_kernels import NoiseKey
 from dgm_models import create_model, from_pretrained, list_models
 from dgm_models.__main__ import main
@@ -26,6 +25,8 @@ from dgm_models.flows.layers import (
     TriangularLinear,
 )
 from dgm_models.train import Settings, Trainer
+from tests import gradients
+from tests.model_checks import check_backends_agree
 from tests.test_flows import SMALL, jacobian, new, normal, small
 
 FAMILIES = ("invertible_mlp", "maf", "nice", "realnvp", "spline")
@@ -371,19 +372,11 @@ def test_D10_reversible_training_draws_the_same_dropout_again() -> None:
 def saved_bytes(depth: int, reversible: bool) -> int:
     """Of the activations that autograd keeps for the backward pass."""
     model = new("realnvp", image_shape=(64,), depth=depth, reversible=reversible).train()
-    owned = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.loss(torch.randn(100, 64))
+    kept, loss = gradients.saved_bytes(
+        lambda *_: model.loss(torch.randn(100, 64)), [*model.parameters(), *model.buffers()]
+    )
     loss.backward()
-    return sum(kept.values())
+    return kept
 
 
 def test_D10_reversible_training_keeps_as_much_at_any_depth() -> None:
@@ -456,14 +449,4 @@ def test_native_and_reference_agree(name: str) -> None:
     """On the loss and its gradient, and on samples, in float32."""
     model = small(name, noise=0.05, image_shape=(1, 8, 8), levels=17, level_noise=0.5).float().train()
     x, z = digits().train.x[:50], normal(20, 64).float()
-    found = []
-    for backend in ("auto", "reference"):
-        with dgm_kernels.use_backend(backend):
-            model.zero_grad()
-            loss = model.loss(x, key=NoiseKey(1))
-            loss.backward()
-            gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-            with torch.no_grad():
-                found.append((loss.detach(), gradient, model.invert(z)))
-    for native, reference in zip(*found, strict=True):
-        torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+    check_backends_agree(model, x, torch.no_grad()(lambda: model.invert(z)))

@@ -19,6 +19,7 @@ from dgm_kernels import (
     vector_quantize,
 )
 from tests.cases import BACKENDS, DTYPES, NATIVE
+from tests.contract import tensors_of
 from tests.latent_cases import (
     CASES,
     CODE_CASE,
@@ -33,7 +34,7 @@ from tests.latent_cases import (
     make_pair,
     make_tril,
 )
-from tests.latent_op import check_case, outputs_of
+from tests.latent_op import check_case
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -81,7 +82,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_second_derivatives_in_float32(case, backend):
     def curvature(operands):
-        outputs = [o for o in outputs_of(case.call(*operands)) if o.requires_grad]
+        outputs = [o for o in tensors_of(case.call(*operands)) if o.requires_grad]
         total = sum(o.square().sum() for o in outputs)
         grads = torch.autograd.grad(total, operands, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), operands)

@@ -13,11 +13,18 @@ from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
+    assert_vmap_of_one,
+    in_every_layout,
+    stacked,
     strided_variants,
+    tensors_of,
 )
+from tests.gradients import values_and_gradients
 from tests.latent_cases import (
     CASES,
     CODE_CASE,
@@ -32,7 +39,6 @@ from tests.latent_cases import (
     make_pair,
     make_tril,
 )
-from tests.latent_op import outputs_of, values_and_gradients
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -82,10 +88,9 @@ def test_strides_and_offsets(case, backend):
     tolerance = 0.0 if backend in NATIVE else 2e-5
     with use_backend(backend):
         expected = values_and_gradients(case.call, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = values_and_gradients(case.call, [*operands[:index], variant, *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        for given in in_every_layout(operands):
+            actual = values_and_gradients(case.call, given)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @on_every_backend
@@ -119,12 +124,8 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
     for shape in shapes.get(case, ((2, 30000), (4001, 11))):
         operands = case.make(shape)
         with use_backend(backend):
-            results = []
-            for threads in thread_counts:
-                torch.set_num_threads(threads)
-                results.append(values_and_gradients(case.call, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+            run = lambda operands=operands: values_and_gradients(case.call, operands)  # noqa: E731
+            assert_threads_agree(run, thread_counts)
 
 
 COMPILED = (*SAMPLE_CASES[1::2], KL_CASES[1], IMPORTANCE_CASES[0], TRIL_CASE, CODE_CASE)
@@ -200,9 +201,9 @@ def test_autocast_promotes(backend):
 @every_case
 def test_mixed_dtypes_promote(case, backend):
     first, *rest = case.make(case.small)
-    expected = outputs_of(case.call(first.bfloat16().float(), *rest))
+    expected = tensors_of(case.call(first.bfloat16().float(), *rest))
     with use_backend(backend):
-        actual = outputs_of(case.call(first.bfloat16(), *rest))
+        actual = tensors_of(case.call(first.bfloat16(), *rest))
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
@@ -211,55 +212,31 @@ def test_mixed_dtypes_promote(case, backend):
 @every_case
 def test_vmap(case):
     """Over an added dimension of every operand; over that of the first alone. The key is the same for all."""
-    stacked = [torch.stack(parts) for parts in zip(*(case.make(case.small) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
-    first, *rest = stacked
-    assert_vmap(case.call, [first, *(p[0] for p in rest)], (0, *[None] * len(rest)))
+    operands = stacked(lambda: case.make(case.small))
+    assert_vmap(case.call, operands)
+    assert_vmap_of_one(case.call, operands, 0)
 
 
 @every_case
 def test_functional_transforms(case):
     """torch.func's gradient and directional derivative are those of autograd."""
     operands = [o.nan_to_num(0.0) for o in case.make(case.small, torch.float64)]
-
-    def total(*operands: Tensor) -> Tensor:
-        outputs = [o for o in outputs_of(case.call(*operands)) if o.is_floating_point()]
-        return sum(output.sin().sum() for output in outputs)
-
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    actual = torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands)
-    torch.testing.assert_close(actual, expected)
-    tangents = tuple(torch.randn_like(operand) for operand in operands)
-    _, derivative = torch.func.jvp(total, tuple(operands), tangents)
-    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    torch.testing.assert_close(derivative, along)
+    assert_functional_transforms(case.call, operands)
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
+from tests.gradients import values_and_gradients
 from tests.latent_cases import CASES
-from tests.latent_op import values_and_gradients
-torch.manual_seed(0)
 outputs = []
 for case in CASES:
     for dtype in (torch.float32, torch.bfloat16):
         outputs.append(values_and_gradients(case.call, case.make(case.shapes[2], dtype)))
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                tolerance = 1e-5 if a.dtype == torch.float32 else 1e-2
-                size = max(1.0, float(b.abs().max()))
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=1e-5, others=1e-2)
 
 
 @pytest.mark.parametrize("case", [SAMPLE_CASES[0], IMPORTANCE_CASES[0], TRIL_CASE], ids=str)

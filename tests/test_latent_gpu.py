@@ -1,7 +1,5 @@
 """The Triton kernels of the latent op on a GPU."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,20 +7,12 @@ from torch import Tensor
 import dgm_kernels as dgm
 from dgm_kernels import NoiseKey
 from tests.contract import assert_bitwise_repeatable, assert_compiles, capture
+from tests.gradients import values_and_gradients
 from tests.latent_cases import CASES, CODE_CASE, IMPORTANCE_CASES, TRIL_CASE, LatentCase, make_pair
-from tests.latent_op import check_case, values_and_gradients
+from tests.latent_op import check_case
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_triton")]
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    state = dgm.backends()["triton"]
-    if not state.startswith("available"):
-        pytest.skip(state)
-    with dgm.use_backend("triton"):
-        yield
 
 
 def on_device(case: LatentCase, shape: tuple[int, ...]) -> list[Tensor]:

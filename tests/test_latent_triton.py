@@ -7,9 +7,10 @@ import torch
 
 import dgm_kernels as dgm
 from dgm_kernels import NoiseKey
-from tests.contract import assert_bitwise_repeatable, assert_inputs_unchanged, assert_passes_interpreted
+from tests.contract import assert_bitwise_repeatable, assert_inputs_unchanged, assert_passes_interpreted, compiled_usage
+from tests.gradients import values_and_gradients
 from tests.latent_cases import CASES, CODE_CASE, IMPORTANCE_CASES, KL_CASES, SAMPLE_CASES, TRIL_CASE, make_pair
-from tests.latent_op import check_case, values_and_gradients
+from tests.latent_op import check_case
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -97,11 +98,9 @@ def test_interpreted():
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 def test_the_main_forms_compile_without_spills_and_with_wide_accesses():
-    from bench.aot import Spec, compile_spec
     from dgm_kernels.latent.triton import aot_specs
 
-    specs = {spec.name: spec for spec in (Spec(*found) for found in aot_specs())}
     for name in ("sample_fp32", "sample_backward_bf16", "importance_backward_fp32", "nearest_bf16"):
-        usage = compile_spec(specs[name], 90)
+        usage = compiled_usage(aot_specs(), name)
         assert usage.spill_bytes == 0, usage
-    assert compile_spec(specs["sample_fp32"], 90).wide_loads >= 2
+    assert compiled_usage(aot_specs(), "sample_fp32").wide_loads >= 2

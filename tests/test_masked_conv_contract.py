@@ -1,6 +1,5 @@
 """The rest of the contract of masked convolutions: layouts, threads, compilation, autocast, transforms."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +14,21 @@ from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
-    strided_variants,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
+    stacked,
+    sum_of_sines,
+    tangents_of,
 )
+from tests.gradients import with_grads
 from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
 
-ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -35,14 +41,6 @@ SOME_CASES = (
     ConvCase("causal", "B", (1, 2), dilation=(1, 2), gated=True),
 )
 some_cases = pytest.mark.parametrize("case", SOME_CASES, ids=str)
-
-
-def with_grads(case: ConvCase, operands: list[Tensor]) -> list[Tensor]:
-    """The result, and the gradients of a sum that weighs each of its elements differently."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    y = case.call(*leaves)
-    weights = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)
-    return [y.detach(), *torch.autograd.grad(y, leaves, weights)]
 
 
 def opcheck_cases() -> list[Any]:
@@ -77,12 +75,10 @@ def test_strides_and_offsets(case, backend):
     """Every operand in every layout: the result and the gradients of contiguous operands."""
     operands = case.make((2, 3, 4, 3, 5))
     with use_backend(backend):
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
-                # PyTorch's convolutions and sums take another way for other layouts.
-                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        expected = with_grads(case.call, operands)
+        for given in in_every_layout(operands):
+            # PyTorch's convolutions and sums take another way for other layouts.
+            torch.testing.assert_close(with_grads(case.call, given), expected, rtol=2e-5, atol=2e-5)
 
 
 @on_every_backend
@@ -91,12 +87,9 @@ def test_expanded_operands(case, backend):
     """One sample, channel, pixel or tap for all, without a copy of it in memory."""
     operands = case.make(SMALL_SIZE)
     with use_backend(backend):
-        for index, operand in enumerate(operands):
-            for dim in range(operand.dim()):
-                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
-                actual = with_grads(case, [*operands[:index], wide, *operands[index + 1 :]])
-                expected = with_grads(case, [*operands[:index], wide.clone(), *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        for wide, dense in expanded_and_dense(operands):
+            actual, expected = with_grads(case.call, wide), with_grads(case.call, dense)
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 @on_every_backend
@@ -107,8 +100,8 @@ def test_inputs_unchanged_and_repeatable(case, dtype, backend):
         operands = case.make(size, dtype)
         with use_backend(backend):
             with assert_inputs_unchanged(*operands):
-                with_grads(case, operands)
-            assert_bitwise_repeatable(lambda operands=operands: with_grads(case, operands))
+                with_grads(case.call, operands)
+            assert_bitwise_repeatable(lambda operands=operands: with_grads(case.call, operands))
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -117,13 +110,8 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
     """Many samples, few of many channels, one of many pixels: however the work is cut."""
     for size in ((17, 4, 6, 5, 6), (2, 34, 66, 9, 7), (1, 2, 4, 61, 67)):
         operands = case.make(size)
-        results = []
-        for threads in thread_counts:
-            torch.set_num_threads(threads)
-            with use_backend(backend):
-                results.append(with_grads(case, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+        with use_backend(backend):
+            assert_threads_agree(lambda operands=operands: with_grads(case.call, operands), thread_counts)
 
 
 @on_every_backend
@@ -208,49 +196,32 @@ def test_gradients_under_autocast(case, backend):
 @every_case
 def test_vmap(case):
     """Over an added dimension of every operand; over that of the weights alone, as an ensemble does; of x alone."""
-    stacked = [torch.stack(parts) for parts in zip(*(case.make((2, 3, 4, 3, 4)) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
+    operands = stacked(lambda: case.make((2, 3, 4, 3, 4)))
+    assert_vmap(case.call, operands)
     for mapped in (0, 1):
-        dims = tuple(0 if index == mapped else None for index in range(len(stacked)))
-        args = [t if dim == 0 else t[0] for t, dim in zip(stacked, dims, strict=True)]
-        assert_vmap(case.call, args, dims)
+        assert_vmap_of_one(case.call, operands, mapped)
 
 
 @some_cases
 def test_functional_transforms(case):
     """torch.func's gradient, directional derivative and per-sample gradients are those of autograd."""
     operands = case.make((2, 3, 4, 3, 4), torch.float64)
-
-    def total(*operands: Tensor) -> Tensor:
-        return case.call(*operands).sin().sum()
-
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    torch.testing.assert_close(torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands), expected)
-    tangents = tuple(torch.randn_like(operand) for operand in operands)
-    _, derivative = torch.func.jvp(total, tuple(operands), tangents)
-    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    torch.testing.assert_close(derivative, along)
-
+    expected = assert_functional_transforms(case.call, operands)
     per_sample = [name in ("x", "condition") for name in case.names]
-    each = torch.func.vmap(
-        torch.func.grad(lambda *one: total(*(t[None] if p else t for t, p in zip(one, per_sample, strict=True))), 1),
-        in_dims=tuple(0 if p else None for p in per_sample),
-    )(*operands)
+
+    def of_one_sample(*one: Tensor) -> Tensor:
+        return sum_of_sines(case.call(*(t[None] if p else t for t, p in zip(one, per_sample, strict=True))))
+
+    dims = tuple(0 if p else None for p in per_sample)
+    each = torch.func.vmap(torch.func.grad(of_one_sample, 1), in_dims=dims)(*operands)
     torch.testing.assert_close(each.sum(0), expected[1])
 
 
 @every_case
 def test_forward_mode_in_float32(case):
     """Dual numbers take the reference by themselves."""
-    operands = case.make((2, 3, 4, 3, 4))
-    tangents = [torch.randn_like(operand) for operand in operands]
-    with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(o, t) for o, t in zip(operands, tangents, strict=True)]
-        actual = torch.autograd.forward_ad.unpack_dual(case.call(*duals)).tangent
-    wide, along = ([t.double() for t in tensors] for tensors in (operands, tangents))
-    _, expected = torch.func.jvp(case.call_eager, tuple(wide), tuple(along))
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    actual, expected = tangents_of(case.call, case.call_eager, case.make((2, 3, 4, 3, 4)))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_takes_no_gradient_records_none():
@@ -271,10 +242,7 @@ def test_meta_tensors_give_shapes():
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.masked_conv_cases import CASES, SIZES
-torch.manual_seed(0)
 outputs = []
 for case in CASES[::2]:
     for dtype in (torch.float32, torch.bfloat16):
@@ -282,19 +250,12 @@ for case in CASES[::2]:
         y = case.call(*leaves)
         y.float().square().sum().backward()
         outputs.append([y.detach()] + [leaf.grad for leaf in leaves])
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_instruction_sets_agree(backend, tmp_path):
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                tolerance, size = 1e-5 if a.dtype == torch.float32 else 2e-2, max(1.0, float(b.abs().max()))
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=1e-5, others=2e-2)
 
 
 @on_every_backend

@@ -11,18 +11,21 @@ from torch import Tensor
 
 import dgm_kernels as dgm
 from dgm_kernels.masked_conv import reference
+from tests import masked_conv_op
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
     assert_inputs_unchanged,
-    assert_parity,
+    assert_never_waits,
     capture,
-    strided_variants,
+    in_every_layout,
 )
+from tests.gradients import incoming_gradient
 from tests.masked_conv_cases import CASES, EMPTY_SIZES, SIZES, SMALL_SIZE, ConvCase
+from tests.masked_conv_op import Function, results
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_triton")]
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TINY = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -35,12 +38,9 @@ LARGE_SIZES = [(32, 64, 128, 28, 28), (90, 130, 190, 14, 14), (130, 190, 130, 7,
 
 
 @pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    """Every function on Triton; float32 without tf32, whose own tests switch it on."""
-    state = dgm.backends()["triton"]
-    if not state.startswith("available"):
-        pytest.skip(state)
-    with dgm.use_backend("triton"), float32_products("ieee"):
+def exact_products() -> Iterator[None]:
+    """float32 without tf32, whose own tests switch it on."""
+    with float32_products("ieee"):
         yield
 
 
@@ -59,27 +59,8 @@ def on_device(case: ConvCase, size: tuple[int, ...], dtype: torch.dtype = torch.
     return [operand.to(DEVICE) for operand in case.make(size, dtype)]
 
 
-def incoming(y: Tensor) -> Tensor:
-    """A gradient that is exact in 16 bits."""
-    return (torch.randint(-8, 9, y.shape, generator=torch.Generator().manual_seed(1)) / 4).to(y)
-
-
-def results(function: Callable[..., Tensor], operands: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The output, then the gradient of every operand, computed in ``dtype``."""
-    leaves = [operand.detach().to(dtype).requires_grad_() for operand in operands]
-    y = function(*leaves)
-    grads = torch.autograd.grad(y, leaves, incoming(y), allow_unused=True, materialize_grads=True)
-    return [y.detach(), *grads]
-
-
-def check(function: Callable[..., Tensor], eager: Callable[..., Tensor], operands: Sequence[Tensor]) -> None:
-    """Output and gradients: at most twice as far off as eager on the same device, and on the device of the operands."""
-    dtype = operands[0].dtype
-    actual = results(function, operands, dtype)
-    exact, same = results(eager, operands, torch.float64), results(eager, operands, dtype)
-    for a, s, e in zip(actual, same, exact, strict=True):
-        assert a.device == operands[0].device
-        assert_parity(a.to(s.dtype), s, e, TINY[dtype] * max(1.0, float(e.abs().max()) if e.numel() else 0.0))
+def check(function: Function, eager: Function, operands: Sequence[Tensor]) -> None:
+    masked_conv_op.check(function, eager, operands, TINY[operands[0].dtype])
 
 
 class TestConvolution:
@@ -105,7 +86,7 @@ class TestConvolution:
         exact = results(case.call_eager, operands, torch.float64)
         leaves = [t.detach().double().abs().requires_grad_() for t in operands]
         sums = case.call_eager(*leaves)
-        bounds = [sums.detach(), *torch.autograd.grad(sums, leaves, incoming(sums).abs())]
+        bounds = [sums.detach(), *torch.autograd.grad(sums, leaves, incoming_gradient(sums).abs())]
         for a, e, bound in zip(actual, exact, bounds, strict=True):
             assert bool(((a.double() - e).abs() <= 1.1 * 2**-10 * bound + 1e-5).all())
 
@@ -131,12 +112,10 @@ class TestConvolution:
         """Among them addresses that are no multiples of 16 bytes."""
         operands = on_device(case, SMALL_SIZE)
         expected = results(case.call, operands, torch.float32)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                given = [*operands[:index], variant, *operands[index + 1 :]]
-                with assert_inputs_unchanged(*given):
-                    actual = results(case.call, given, torch.float32)
-                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        for given in in_every_layout(operands):
+            with assert_inputs_unchanged(*given):
+                actual = results(case.call, given, torch.float32)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
     def test_calls_that_differ_in_numbers_only(self):
         """The same compiled kernel serves them; nothing of the first call may stick."""
@@ -276,11 +255,8 @@ class TestDevice:
             leaves = [operand.requires_grad_() for operand in operands]
             seed = torch.ones_like(call(*leaves))
             torch.autograd.grad(call(*leaves), leaves, seed)  # Triton compiles here
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                grads = torch.autograd.grad(call(*leaves), leaves, seed)  # raises where something waits
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            with assert_never_waits():
+                grads = torch.autograd.grad(call(*leaves), leaves, seed)
             assert all(grad.isfinite().all() for grad in grads)
 
     @pytest.mark.parametrize("case", KERNELS, ids=str)

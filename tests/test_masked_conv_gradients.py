@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from dgm_kernels import use_backend
 from tests.cases import DTYPES
 from tests.contract import assert_parity
+from tests.gradients import in_every_incoming_layout, incoming_gradient, saved_bytes
 from tests.masked_conv_cases import BACKENDS, CASES, NATIVE, SIZES, SMALL_SIZE, ConvCase
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -37,17 +38,11 @@ def test_gradcheck_element_by_element(case):
     assert gradgradcheck(case.call, operands)
 
 
-def incoming(y: Tensor) -> Tensor:
-    """The same incoming gradient in any dtype; exact in 16 bits."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(-8, 9, y.shape, generator=generator).to(y.dtype) / 4
-
-
 def gradients(function: Callable[..., Tensor], operands: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Of every operand, computed in ``dtype``."""
     leaves = [operand.detach().to(dtype).requires_grad_() for operand in operands]
     y = function(*leaves)
-    return list(torch.autograd.grad(y, leaves, incoming(y)))
+    return list(torch.autograd.grad(y, leaves, incoming_gradient(y)))
 
 
 def check_parity(case: ConvCase, size: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
@@ -99,7 +94,7 @@ def outputs_and_derivatives(case: ConvCase, operands: Sequence[Tensor]) -> list[
     """The result, first and second derivatives."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
     y = case.call(*leaves)
-    plain = torch.autograd.grad(y, leaves, incoming(y), retain_graph=True)
+    plain = torch.autograd.grad(y, leaves, incoming_gradient(y), retain_graph=True)
     first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
     return [t.detach() for t in (y, *plain, *first, *second)]
@@ -167,7 +162,7 @@ def test_some_operands_need_no_gradient(case, backend):
             y = case.call(*leaves)
             assert y.requires_grad == any(wanted)
             if y.requires_grad:
-                y.backward(incoming(y))
+                y.backward(incoming_gradient(y))
             for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
                 assert (leaf.grad is not None) == want
                 if want:
@@ -180,40 +175,10 @@ def test_incoming_gradients_of_any_layout(case, backend):
     """Expanded (as ``sum`` gives), transposed, channels-last and with gaps."""
     operands = case.make(SMALL_SIZE)
 
-    def grads(arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        leaves = [operand.clone().requires_grad_() for operand in operands]
-        y = case.call(*leaves)
-        return torch.autograd.grad(y, leaves, arrange(y))
-
-    def gappy(y: Tensor) -> Tensor:
-        return torch.full((*y.shape, 2), torch.nan)[..., 0].fill_(1.0)
-
+    channels_last = lambda y: torch.ones(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1)  # noqa: E731
     with use_backend(backend):
-        expected = grads(torch.ones_like)
-        for arrange in (
-            lambda y: torch.ones(()).expand(y.shape),
-            lambda y: torch.ones(y.shape[0], *[1] * (y.dim() - 1)).expand(y.shape),
-            lambda y: torch.ones(tuple(reversed(y.shape))).permute(*reversed(range(y.dim()))),
-            lambda y: torch.ones(y.shape[0], *y.shape[2:], y.shape[1]).movedim(-1, 1),
-            gappy,
-        ):
-            torch.testing.assert_close(grads(arrange), expected, rtol=1e-5, atol=1e-5)
-
-
-def saved_bytes(case: ConvCase, operands: Sequence[Tensor]) -> tuple[int, Tensor]:
-    """What autograd keeps beside the operands themselves, and the result."""
-    given = {operand.untyped_storage().data_ptr() for operand in operands}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = case.call(*operands)
-    return sum(kept.values()), y
+        for actual, expected in in_every_incoming_layout(case.call, operands, more=[channels_last]):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -222,7 +187,7 @@ def test_memory_saved_for_the_backward_pass(case, backend):
     """Nothing but the operands; with a gate also what it is applied to, but not tanh, sigmoid or a masked weight."""
     operands = case.make((2, 4, 6, 9, 11), grad=True)
     with use_backend(backend):
-        saved, y = saved_bytes(case, operands)
+        saved, y = saved_bytes(case.call, operands)
     allowed = 2 * y.numel() * y.element_size() if case.gated else 0
     assert saved <= allowed, f"{saved} bytes are kept, expected {allowed}"
 
@@ -236,7 +201,7 @@ def test_gradients_accumulate_in_leaves_of_any_layout(backend):
     with use_backend(backend):
         for _ in range(2):
             y = case.call(x, leaf, bias)
-            y.backward(incoming(y))
+            y.backward(incoming_gradient(y))
     expected = gradients(case.call_eager, (x, weight, bias), torch.float64)[1]
     torch.testing.assert_close(leaf.grad.double(), 2 * expected, rtol=1e-5, atol=1e-5)
 

@@ -1,7 +1,5 @@
 """Gate, mixture of discretized logistics and categorical distribution: values, gradients and the contract of an op."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +9,18 @@ from tests.cases import DTYPES
 from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
+    assert_close_by_size,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
     assert_parity,
+    assert_threads_agree,
     assert_vmap,
+    assert_vmap_of_one,
+    expanded_and_dense,
+    in_every_layout,
     results_of_instruction_sets,
+    stacked,
     strided_variants,
 )
 from tests.pixel_cases import (
@@ -32,7 +37,6 @@ from tests.pixel_cases import (
     opcheck_cases,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 in_16_bits = pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -172,10 +176,8 @@ def test_strides_and_offsets(case, backend):
         operands = case.make(size)
         with use_backend(backend):
             expected = case.results(case.call, operands)
-            for index, operand in enumerate(operands):
-                for variant in strided_variants(operand):
-                    actual = case.results(case.call, [*operands[:index], variant, *operands[index + 1 :]])
-                    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+            for given in in_every_layout(operands):
+                torch.testing.assert_close(case.results(case.call, given), expected, rtol=tolerance, atol=tolerance)
 
 
 @on_every_backend
@@ -184,12 +186,9 @@ def test_expanded_operands(case, backend):
     """One value for all entries of a dimension, without a copy of it in memory."""
     operands = case.make(SMALL_SIZE)
     with use_backend(backend):
-        for index, operand in enumerate(operands):
-            for dim in range(operand.dim()):
-                wide = operand.narrow(dim, 0, 1).expand(operand.shape)
-                actual = case.results(case.call, [*operands[:index], wide, *operands[index + 1 :]])
-                expected = case.results(case.call, [*operands[:index], wide.clone(), *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+        for wide, dense in expanded_and_dense(operands):
+            actual, expected = case.results(case.call, wide), case.results(case.call, dense)
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @on_every_backend
@@ -210,13 +209,8 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
         if max(o.numel() for o in case.draw((1, 1))) * size[-1] > 4_000_000:
             continue
         operands = case.make(size)
-        results = []
-        for threads in thread_counts:
-            torch.set_num_threads(threads)
-            with use_backend(backend):
-                results.append(case.results(case.call, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
+        with use_backend(backend):
+            assert_threads_agree(lambda operands=operands: case.results(case.call, operands), thread_counts)
 
 
 @on_every_backend
@@ -294,10 +288,9 @@ def test_autocast_promotes_a_condition(backend):
 
 @every_case
 def test_vmap(case):
-    stacked = [torch.stack(parts) for parts in zip(*(case.make((2, 5)) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
-    first, *rest = stacked
-    assert_vmap(case.call, [first, *(r[0] for r in rest)], (0, *[None] * len(rest)))
+    operands = stacked(lambda: case.make((2, 5)))
+    assert_vmap(case.call, operands)
+    assert_vmap_of_one(case.call, operands, 0)
 
 
 @every_case
@@ -306,17 +299,11 @@ def test_functional_transforms(case):
     operands = case.make((2, 3), torch.float64)
     wanted = [operands[i] for i in case.differentiable]
 
-    def total(*wanted: Tensor) -> Tensor:
+    def call(*wanted: Tensor) -> Tensor:
         given = dict(zip(case.differentiable, wanted, strict=True))
-        return case.call(*(given.get(i, o) for i, o in enumerate(operands))).sin().sum()
+        return case.call(*(given.get(i, o) for i, o in enumerate(operands)))
 
-    leaves = [w.clone().requires_grad_() for w in wanted]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    actual = torch.func.grad(total, argnums=tuple(range(len(wanted))))(*wanted)
-    torch.testing.assert_close(actual, expected)
-    tangents = tuple(torch.randn_like(w) for w in wanted)
-    _, derivative = torch.func.jvp(total, tuple(wanted), tangents)
-    torch.testing.assert_close(derivative, sum((g * t).sum() for g, t in zip(expected, tangents, strict=True)))
+    assert_functional_transforms(call, wanted)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -341,12 +328,8 @@ def test_torch_fx_records_the_call(function):
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.pixel_cases import CASES
 outputs = [CASES[index].results(CASES[index].call, operands) for index, operands in torch.load(sys.argv[1])]
-torch.save(outputs, sys.argv[2])
-print(backends()["cpp"])
 """
 
 
@@ -360,5 +343,4 @@ def test_instruction_sets_agree(backend, tmp_path):
     for outputs in results.values():
         for ours, theirs in zip(outputs, results["default"], strict=True):
             for a, b in zip(ours, theirs, strict=True):
-                tolerance, size = max(1e-5, torch.finfo(a.dtype).eps), max(1.0, float(b.abs().max()))
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+                assert_close_by_size(a, b, max(1e-5, torch.finfo(a.dtype).eps))

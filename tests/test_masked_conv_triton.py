@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,11 +15,13 @@ from tests.contract import (
     assert_bitwise_repeatable,
     assert_compiles,
     assert_inputs_unchanged,
-    assert_parity,
     assert_passes_interpreted,
-    strided_variants,
+    compiled_usage,
+    in_every_layout,
 )
+from tests.gradients import incoming_gradient
 from tests.masked_conv_cases import CASES, EMPTY_SIZES, SMALL_SIZE, ConvCase, eager_gate
+from tests.masked_conv_op import check, results
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,31 +45,6 @@ def scalar_bounds(monkeypatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-
-
-def incoming(y: Tensor) -> Tensor:
-    """A gradient that is exact in 16 bits."""
-    return (torch.randint(-8, 9, y.shape, generator=torch.Generator().manual_seed(1)) / 4).to(y)
-
-
-def results(function: Callable[..., Tensor], operands: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The output, then the gradient of every operand, computed in ``dtype``."""
-    leaves = [operand.detach().to(dtype).requires_grad_() for operand in operands]
-    y = function(*leaves)
-    grads = torch.autograd.grad(y, leaves, incoming(y), allow_unused=True, materialize_grads=True)
-    return [y.detach(), *grads]
-
-
-def check(
-    function: Callable[..., Tensor], eager: Callable[..., Tensor], operands: Sequence[Tensor], tiny: float = 1e-6
-) -> None:
-    """Output and gradients on Triton: at most twice as far off as eager."""
-    dtype = operands[0].dtype
-    with dgm.use_backend("triton"):
-        actual = results(function, operands, dtype)
-    exact, same = results(eager, operands, torch.float64), results(eager, operands, dtype)
-    for a, s, e in zip(actual, same, exact, strict=True):
-        assert_parity(a.to(s.dtype), s, e, tiny * max(1.0, float(e.abs().max()) if e.numel() else 0.0))
 
 
 def settings(case: ConvCase) -> tuple[int, bool, int, int, int]:
@@ -212,8 +189,8 @@ class TestInterpreted:
             y = DGM.masked_conv.triton(x, weight, given.get("bias"), *settings(case))
         torch.testing.assert_close(out, expected.view(out.shape))
         assert torch.equal(before, y) if keep else before.numel() == 0
-        actual = torch.autograd.grad(out, operands, incoming(out))
-        wanted = torch.autograd.grad(expected, operands, incoming(out).view(expected.shape))
+        actual = torch.autograd.grad(out, operands, incoming_gradient(out))
+        wanted = torch.autograd.grad(expected, operands, incoming_gradient(out).view(expected.shape))
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
     def test_a_wider_condition_takes_two_kernels(self):
@@ -234,7 +211,7 @@ class TestInterpreted:
                 with dgm.use_backend(backend):
                     leaves = [t.clone().requires_grad_() for t in operands]
                     y = case.call(*leaves)
-                    first = torch.autograd.grad(y, leaves, incoming(y), create_graph=True)
+                    first = torch.autograd.grad(y, leaves, incoming_gradient(y), create_graph=True)
                     found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves, allow_unused=True))
             torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
@@ -307,12 +284,10 @@ class TestInterpreted:
         operands = case.make(SMALL_SIZE)
         with dgm.use_backend("triton"):
             expected = results(case.call, operands, torch.float32)
-            for index, operand in enumerate(operands):
-                for variant in strided_variants(operand):
-                    given = [*operands[:index], variant, *operands[index + 1 :]]
-                    with assert_inputs_unchanged(*given):
-                        actual = results(case.call, given, torch.float32)
-                    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+            for given in in_every_layout(operands):
+                with assert_inputs_unchanged(*given):
+                    actual = results(case.call, given, torch.float32)
+                assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
     @pytest.mark.parametrize("size", EMPTY_SIZES)
     def test_zero_sizes(self, size):
@@ -446,9 +421,8 @@ class TestNotInterpreted:
     )
     def test_nothing_spills_and_two_programs_fit(self, name, registers, shared, stores):
         """A multiprocessor of sm_90 has 65536 registers, 256 a thread of two programs, and 227 KB of shared memory."""
-        from bench.aot import Spec, compile_spec
         from dgm_kernels.masked_conv.triton import aot_specs
 
-        usage = compile_spec(next(Spec(*found) for found in aot_specs() if found[0] == name), 90)
+        usage = compiled_usage(aot_specs(), name)
         assert (usage.spill_bytes, usage.stack_bytes) == (0, 0)
         assert usage.registers <= registers and usage.shared_bytes <= shared and usage.wide_stores == stores

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -365,10 +366,10 @@ def test_the_linear_layer_compiles():
 # ---- Refusals.
 
 
-def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
-    d, o = DEGREES
-    x, w = torch.randn(3, 4), torch.randn(5, 4)
-    linear = lambda *a, **k: lambda: masked_linear(*a, **k)  # noqa: E731
+Bad = tuple[Any, Any, str]  # a call, the error or errors that it may raise, and the message
+
+
+def bad_kernels_and_masks() -> dict[str, Bad]:
     return {
         "even": (lambda: MaskedConv2d(2, 4, 4, mask_type="A"), ValueError, "^kernel_size must be odd, got 4"),
         "even width": (
@@ -391,6 +392,12 @@ def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
             ValueError,
             "^mask_type must be .*got 'a'",
         ),
+    }
+
+
+def bad_channels_and_dilations() -> dict[str, Bad]:
+    x = torch.randn(3, 4)
+    return {
         "in groups": (
             lambda: MaskedConv2d(2, 6, 3, mask_type="A", channel_groups=3),
             ValueError,
@@ -416,6 +423,18 @@ def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
         ),
         "causal dilation": (lambda: CausalConv1d(2, 4, 2, dilation=(2,)), TypeError, "^dilation must be an int"),
         "x channels": (lambda: MaskedConv2d(2, 4, 3, mask_type="A")(x), ValueError, "^x must have shape"),
+    }
+
+
+def linear(*args: Any) -> Callable[[], Tensor]:
+    """A call of the function, to be made."""
+    return lambda: masked_linear(*args)
+
+
+def bad_degrees() -> dict[str, Bad]:
+    """Of the layer, and of the function."""
+    (d, o), x, w = DEGREES, torch.randn(3, 4), torch.randn(5, 4)
+    return {
         "in_degrees list": (
             lambda: MaskedLinear([1, 2], o),
             TypeError,
@@ -429,6 +448,24 @@ def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
             "^out_degrees must hold values, got a tensor on the meta device",
         ),
         "out_degrees empty": (lambda: MaskedLinear(d, o[:0]), ValueError, "^out_degrees must have one dimension"),
+        "linear no degrees": (linear(x, w), TypeError, "^out_degrees must be an int64 tensor, got NoneType"),
+        "linear in_degrees": (linear(x, w, None, o, o), ValueError, r"^in_degrees must have shape \(4,\), got \(5,\)"),
+        "linear out_degrees": (
+            linear(x, w, None, d, d),
+            ValueError,
+            r"^out_degrees must have shape \(5,\), got \(4,\)",
+        ),
+        "linear degrees' device": (
+            linear(x, w, None, d.to("meta"), o),
+            ValueError,
+            "^in_degrees must be on the device of weight",
+        ),
+    }
+
+
+def bad_linear_operands() -> dict[str, Bad]:
+    (d, o), x, w = DEGREES, torch.randn(3, 4), torch.randn(5, 4)
+    return {
         "linear x": (linear([1.0], w, None, d, o), TypeError, "^x must be a tensor, got list"),
         "linear weight": (linear(x, None, None, d, o), TypeError, "^weight must be a tensor, got NoneType"),
         "linear weight shape": (linear(x, w.T, None, d, o), ValueError, r"^weight must have shape \[outputs, 4\], got"),
@@ -445,23 +482,14 @@ def bad_modules() -> dict[str, tuple[Any, type[Exception], str]]:
             ValueError,
             "^bias must be on the device of x",
         ),
-        "linear no degrees": (linear(x, w), TypeError, "^out_degrees must be an int64 tensor, got NoneType"),
-        "linear in_degrees": (linear(x, w, None, o, o), ValueError, r"^in_degrees must have shape \(4,\), got \(5,\)"),
-        "linear out_degrees": (
-            linear(x, w, None, d, d),
-            ValueError,
-            r"^out_degrees must have shape \(5,\), got \(4,\)",
-        ),
-        "linear degrees' device": (
-            linear(x, w, None, d.to("meta"), o),
-            ValueError,
-            "^in_degrees must be on the device of weight",
-        ),
     }
 
 
-@pytest.mark.parametrize("name", bad_modules())
+BAD = bad_kernels_and_masks() | bad_channels_and_dilations() | bad_degrees() | bad_linear_operands()
+
+
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
-    call, error, message = bad_modules()[name]
+    call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()

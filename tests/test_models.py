@@ -22,6 +22,7 @@ from dgm_models import DensityUnavailable, GenerativeModel, create_model, from_p
 from dgm_models.__main__ import main
 from dgm_models.data import DIGITS_LEVELS, Dataset, Split, digits
 from dgm_models.train import CHECKPOINT_FILE, Settings, Trainer
+from tests.command_line import run
 
 TINY = {"denoiser": "mlp", "width": 16, "depth": 1, "timesteps": 10}
 
@@ -370,14 +371,6 @@ def test_trajectory_has_a_row_a_sample_and_a_column_a_frame(tmp_path: pathlib.Pa
 
 
 # Command line
-
-
-def run(*args: object) -> tuple[int, str]:
-    """Exit status and what was printed."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        status = main([str(arg) for arg in args])
-    return status, text.getvalue()
 
 
 def config_options(config: dict[str, object]) -> list[str]:

@@ -1,7 +1,5 @@
 """The rest of the contract of the norm op: layouts, threads, compilation, transforms, autocast, instruction sets."""
 
-import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,26 +13,23 @@ from tests.contract import (
     assert_autocast_like,
     assert_bitwise_repeatable,
     assert_compiles,
+    assert_functional_transforms,
     assert_inputs_unchanged,
+    assert_instruction_sets_agree,
+    assert_threads_agree,
     assert_vmap,
-    results_of_instruction_sets,
-    strided_variants,
+    assert_vmap_of_one,
+    in_every_layout,
+    stacked,
+    sum_of_sines,
+    tensors_of,
 )
+from tests.gradients import assert_any_subset_of_gradients, with_grads
 from tests.norm_cases import CASES, GROUP_CASES, MODULATED_CASES, ROWS_CASES, NormCase
 
-ROOT = Path(__file__).resolve().parents[1]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_every_native = pytest.mark.parametrize("backend", NATIVE)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-def with_grads(case: NormCase, operands: list[Tensor]) -> list[Tensor]:
-    """Outputs, and the gradients of a sum that weighs every element of every output differently."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = case.call(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    weights = [torch.linspace(-1, 2, output.numel()).view(output.shape).to(output) for output in outputs]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves, weights))
 
 
 def opcheck_cases() -> list[Any]:
@@ -77,11 +72,9 @@ def test_strides_and_offsets(case, backend):
     operands = case.make(_shape(case))
     tolerance = 0.0 if backend in NATIVE else 2e-5
     with use_backend(backend):
-        expected = with_grads(case, operands)
-        for index, operand in enumerate(operands):
-            for variant in strided_variants(operand):
-                actual = with_grads(case, [*operands[:index], variant, *operands[index + 1 :]])
-                torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        expected = with_grads(case.call, operands)
+        for given in in_every_layout(operands):
+            torch.testing.assert_close(with_grads(case.call, given), expected, rtol=tolerance, atol=tolerance)
 
 
 @on_every_backend
@@ -104,8 +97,8 @@ def test_inputs_unchanged_and_repeatable(case, backend):
     operands = case.make((2, 4, 7, 10))
     with use_backend(backend):
         with assert_inputs_unchanged(*operands):
-            with_grads(case, operands)
-        assert_bitwise_repeatable(lambda: with_grads(case, operands))
+            with_grads(case.call, operands)
+        assert_bitwise_repeatable(lambda: with_grads(case.call, operands))
 
 
 @on_every_native
@@ -116,12 +109,7 @@ def test_the_number_of_threads_changes_no_bit(case, backend, thread_counts):
     for shape in shapes:
         operands = case.make(shape)
         with use_backend(backend):
-            results = []
-            for threads in thread_counts:
-                torch.set_num_threads(threads)
-                results.append(with_grads(case, operands))
-        for other in results[1:]:
-            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+            assert_threads_agree(lambda operands=operands: with_grads(case.call, operands), thread_counts)
 
 
 @on_every_native
@@ -133,14 +121,14 @@ def test_large_tensors_are_stored_past_the_caches(case, backend):
             continue
         operands = case.make(shape)
         with use_backend(backend):
-            actual = with_grads(case, operands)
+            actual = with_grads(case.call, operands)
             parts = [[o[i : i + 1] if o.shape[0] == shape[0] else o for o in operands] for i in range(shape[0])]
             small = [case.call(*(p.contiguous() for p in part)) for part in parts]
-        outputs = zip(*(s if isinstance(s, tuple) else (s,) for s in small), strict=True)
+        outputs = zip(*map(tensors_of, small), strict=True)
         for ours, pieces in zip(actual, outputs, strict=False):
             torch.testing.assert_close(ours, torch.cat(pieces), rtol=0, atol=0)
         with use_backend("reference"):
-            torch.testing.assert_close(actual, with_grads(case, operands), rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(actual, with_grads(case.call, operands), rtol=1e-3, atol=2e-3)
 
 
 COMPILED = (*ROWS_CASES[::3], MODULATED_CASES[1], MODULATED_CASES[3], GROUP_CASES[0], GROUP_CASES[3])
@@ -197,38 +185,20 @@ def test_autocast_leaves_dtypes_alone(case, backend):
 @every_case
 def test_vmap(case):
     """Over an added dimension of every operand; over that of x alone."""
-    stacked = [torch.stack(parts) for parts in zip(*(case.make((2, 4, 5)) for _ in range(3)), strict=True)]
-    assert_vmap(case.call, stacked)
-    x, *rest = stacked
-    assert_vmap(case.call, [x, *(p[0] for p in rest)], (0, *[None] * len(rest)))
+    operands = stacked(lambda: case.make((2, 4, 5)))
+    assert_vmap(case.call, operands)
+    assert_vmap_of_one(case.call, operands, 0)
 
 
 @every_case
 def test_functional_transforms(case):
     """torch.func's gradient and directional derivative are those of autograd; so is forward mode in float32."""
-    operands = case.make((2, 4, 3), torch.float64)
-
-    def total(*operands: Tensor) -> Tensor:
-        outputs = case.call(*operands)
-        return sum(output.sin().sum() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
-
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    expected = torch.autograd.grad(total(*leaves), leaves)
-    actual = torch.func.grad(total, argnums=tuple(range(len(operands))))(*operands)
-    torch.testing.assert_close(actual, expected)
-    tangents = tuple(torch.randn_like(operand) for operand in operands)
-    along = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
-        narrow = [tuple(t.to(dtype) for t in tensors) for tensors in (operands, tangents)]
-        _, derivative = torch.func.jvp(total, *narrow)
-        torch.testing.assert_close(derivative.double(), along, rtol=tolerance, atol=tolerance)
+    tolerances = ((torch.float64, 1e-9), (torch.float32, 1e-3))
+    assert_functional_transforms(case.call, case.make((2, 4, 3), torch.float64), tolerances)
 
 
 ISA_SCRIPT = """
-import sys, torch
-from dgm_kernels import backends
 from tests.norm_cases import CASES
-torch.manual_seed(0)
 outputs = []
 for case in CASES:
     for dtype in (torch.float32, torch.bfloat16):
@@ -237,19 +207,12 @@ for case in CASES:
         result = result if isinstance(result, tuple) else (result,)
         sum(r.float().square().sum() for r in result).backward()
         outputs.append([t.detach() for t in result] + [leaf.grad for leaf in leaves])
-torch.save(outputs, sys.argv[1])
-print(backends()["cpp"])
 """
 
 
 @on_every_native
 def test_instruction_sets_agree(backend, tmp_path):
-    results = results_of_instruction_sets(ISA_SCRIPT, tmp_path)
-    for outputs in results.values():
-        for ours, theirs in zip(outputs, results["default"], strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                tolerance, size = 1e-4 if a.dtype == torch.float32 else 2e-2, max(1.0, float(b.abs().max()))
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
+    assert_instruction_sets_agree(ISA_SCRIPT, tmp_path, float32=1e-4, others=2e-2)
 
 
 @on_every_native
@@ -278,19 +241,4 @@ def test_direct_calls_are_checked(backend):
 @every_case
 def test_operands_without_gradients(case):
     """Any subset of the operands: each gets the gradient that it gets when all ask for one, the others none."""
-    operands = case.make((2, 4, 3))
-    leaves = [operand.clone().requires_grad_() for operand in operands]
-    outputs = case.call(*leaves)
-    total = sum(o.sin().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
-    expected = torch.autograd.grad(total, leaves)
-    for wanted in itertools.product((False, True), repeat=len(operands)):
-        leaves = [operand.clone().requires_grad_(w) for operand, w in zip(operands, wanted, strict=True)]
-        outputs = case.call(*leaves)
-        total = sum(o.sin().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
-        assert total.requires_grad == any(wanted)
-        if any(wanted):
-            total.backward()
-        for leaf, want, gradient in zip(leaves, wanted, expected, strict=True):
-            assert (leaf.grad is not None) == want
-            if want:
-                torch.testing.assert_close(leaf.grad, gradient, rtol=1e-6, atol=1e-6)
+    assert_any_subset_of_gradients(lambda *leaves: sum_of_sines(case.call(*leaves)), case.make((2, 4, 3)))

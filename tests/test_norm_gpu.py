@@ -1,28 +1,17 @@
 """The Triton kernels of the norm op on a GPU."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-import dgm_kernels as dgm
 from tests.contract import assert_autocast_like, assert_bitwise_repeatable, assert_compiles, capture
+from tests.gradients import values_and_gradients
 from tests.norm_cases import CASES, GROUP_CASES, MODULATED_CASES, ROWS_CASES, NormCase
-from tests.test_norm_triton import GROUP_SHAPES, SHAPES, check_case, values_and_gradients
+from tests.test_norm_triton import GROUP_SHAPES, SHAPES, check_case
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_triton")]
 DEVICE = "cuda"
 KERNELS = [ROWS_CASES[0], ROWS_CASES[3], MODULATED_CASES[4], GROUP_CASES[3]]
-
-
-@pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    state = dgm.backends()["triton"]
-    if not state.startswith("available"):
-        pytest.skip(state)
-    with dgm.use_backend("triton"):
-        yield
 
 
 def on_device(case: NormCase, shape: tuple[int, ...], grad: bool = False) -> list[Tensor]:

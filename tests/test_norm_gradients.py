@@ -8,24 +8,19 @@ from torch import Tensor
 
 from dgm_kernels import layer_norm, modulated_layer_norm, use_backend
 from tests.cases import BACKENDS, NATIVE
-from tests.contract import assert_parity
+from tests.contract import assert_parity, tensors_of
+from tests.gradients import in_every_incoming_layout, incoming_gradients
 from tests.norm_cases import CASES, GROUP_CASES, MODULATED_CASES, ROWS_CASES, NormCase
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def gradients(call: Any, operands: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """For fixed gradients of the outputs that 16 bits hold exactly."""
     leaves = [operand.detach().to(dtype).requires_grad_() for operand in operands]
-    outputs = _tuple(call(*leaves))
-    generator = torch.Generator().manual_seed(1)
-    weights = [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]
-    return list(torch.autograd.grad(outputs, leaves, weights))
+    outputs = tensors_of(call(*leaves))
+    return list(torch.autograd.grad(outputs, leaves, incoming_gradients(outputs)))
 
 
 @on_every_backend
@@ -80,7 +75,7 @@ def test_second_derivatives_of_the_kernels(case, backend):
 
     def penalty(operands: list[Tensor]) -> list[Tensor]:
         leaves = [operand.detach().requires_grad_() for operand in operands]
-        total = sum(output.sin().sum() for output in _tuple(case.call(*leaves)))
+        total = sum(output.sin().sum() for output in tensors_of(case.call(*leaves)))
         first = torch.autograd.grad(total, leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         return [*(g.detach() for g in first), *second]
@@ -113,22 +108,11 @@ def test_gradients_of_one_output(case, backend):
 @on_every_backend
 @pytest.mark.parametrize("case", [ROWS_CASES[0], MODULATED_CASES[3], GROUP_CASES[3]], ids=str)
 def test_incoming_gradients_of_any_layout(case, backend):
-    """Expanded (as ``sum`` gives) and transposed."""
-    operands = case.make((2, 4, 6))
-
-    def grads(arrange: Any) -> tuple[Tensor, ...]:
-        leaves = [operand.clone().requires_grad_() for operand in operands]
-        outputs = _tuple(case.call(*leaves))
-        return torch.autograd.grad(outputs, leaves, [arrange(o) for o in outputs])
-
+    """Expanded (as ``sum`` gives), transposed, and with gaps."""
+    tolerance = 0.0 if backend in NATIVE else 1e-6
     with use_backend(backend):
-        expected = grads(torch.ones_like)
-        for arrange in (
-            lambda o: torch.ones(()).expand(o.shape),
-            lambda o: torch.ones(tuple(reversed(o.shape))).permute(*reversed(range(o.dim()))),
-        ):
-            tolerance = 0.0 if backend in NATIVE else 1e-6
-            torch.testing.assert_close(grads(arrange), expected, rtol=tolerance, atol=tolerance)
+        for actual, expected in in_every_incoming_layout(case.call, case.make((2, 4, 6))):
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_saved():

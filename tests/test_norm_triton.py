@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import dgm_kernels as dgm
 from dgm_kernels.norm import op
@@ -14,8 +13,10 @@ from tests.contract import (
     assert_inputs_unchanged,
     assert_parity,
     assert_passes_interpreted,
-    strided_variants,
+    compiled_usage,
+    in_every_layout,
 )
+from tests.gradients import values_and_gradients
 from tests.norm_cases import CASES, GROUP_CASES, MODULATED_CASES, ROWS_CASES, NormCase
 
 pytest.importorskip("triton")
@@ -24,16 +25,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # One program and several, ragged, short rows that share a tile, rows too long for one, several parts of a sample.
 SHAPES = [(1, 3), (3, 59), (2, 3, 113), (2, 40, 7), (3, 1100), (1, 2, 4500)]
 GROUP_SHAPES = [(1, 4), (3, 8, 5), (2, 6, 7, 9), (2, 4, 1031), (1, 2, 4500), (1, 12, 2, 500)]
-
-
-def values_and_gradients(call: Any, operands: list[Tensor]) -> list[Tensor]:
-    """The outputs, then the gradients of the operands for fixed gradients of the outputs."""
-    leaves = [operand.detach().requires_grad_() for operand in operands]
-    outputs = call(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    generator = torch.Generator().manual_seed(1)
-    weights = [(torch.randint(-8, 9, o.shape, generator=generator) / 4).to(o) for o in outputs]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, weights)]
 
 
 def check_case(case: NormCase, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
@@ -76,12 +67,10 @@ class TestInterpreted:
         operands = case.make((2, 4, 3, 5))
         with dgm.use_backend("triton"):
             expected = values_and_gradients(case.call, operands)
-            for index, operand in enumerate(operands):
-                for variant in strided_variants(operand):
-                    given = [*operands[:index], variant, *operands[index + 1 :]]
-                    with assert_inputs_unchanged(*given):
-                        actual = values_and_gradients(case.call, given)
-                    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+            for given in in_every_layout(operands):
+                with assert_inputs_unchanged(*given):
+                    actual = values_and_gradients(case.call, given)
+                torch.testing.assert_close(actual, expected, rtol=0, atol=0)
             assert_bitwise_repeatable(lambda: values_and_gradients(case.call, operands), runs=2)
 
     def test_a_mean_far_from_zero_costs_no_digits(self):
@@ -122,11 +111,9 @@ def test_interpreted_kernels_are_right():
     [("rows_modulated_bf16", 64), ("rows_backward_everything_4096_fp32", 128), ("group_silu_backward_fp32", 64)],
 )
 def test_compiles_for_a_gpu_without_spills(name, registers):
-    from bench.aot import Spec, compile_spec
     from dgm_kernels.norm.triton import aot_specs
 
-    spec = next(Spec(*found) for found in aot_specs() if found[0] == name)
-    usage = compile_spec(spec, 90)
+    usage = compiled_usage(aot_specs(), name)
     assert usage.spill_bytes == 0
     assert usage.registers <= registers
     assert usage.wide_loads > 0

@@ -8,7 +8,13 @@ import torch
 import dgm_kernels as dgm
 from dgm_kernels._core import noise
 from dgm_kernels.sampler import reference
-from tests.contract import assert_bitwise_repeatable, assert_compiles, capture, max_error
+from tests.contract import (
+    assert_bitwise_repeatable,
+    assert_compiles,
+    assert_never_waits,
+    capture,
+    max_error,
+)
 from tests.sampler_op import (
     FORMS,
     SHAPES,
@@ -210,11 +216,8 @@ class TestDevice:
         step = step_call((2, 113), torch.float32, "drawn row_steps device_key known threshold", DEVICE)
         loss = training_call((2, 113), torch.float32, "drawn device_key", DEVICE)
         native_step(backend, step), native_loss(backend, loss)  # Triton compiles here
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            results = *native_step(backend, step), *native_loss(backend, loss)  # raises where something waits
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with assert_never_waits():
+            results = *native_step(backend, step), *native_loss(backend, loss)
         assert all(result.isfinite().all() for result in results)
 
     def test_runs_on_the_current_stream(self, backend):

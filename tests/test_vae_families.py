@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import pathlib
@@ -18,6 +19,7 @@ from dgm_models.__main__ import main
 from dgm_models.data import digits
 from dgm_models.latent import LatentVariable, Observation
 from dgm_models.train import Settings, Trainer
+from tests.model_checks import check_backends_agree
 
 FAMILIES = ("iwae", "lognormal_vae", "vae")
 DENSE = {"latent": 3, "hidden": (16,), "dropout": 0.0}
@@ -399,16 +401,7 @@ def test_native_and_reference_agree_on_the_loss_and_its_gradient() -> None:
     for name, options in (("vae", {}), ("vae", {"posterior": "full"}), ("iwae", {"samples": 4}), ("lognormal_vae", {})):
         torch.manual_seed(0)
         model = create_model(name, latent=5, hidden=(32,), dropout=0.0, **options)
-        found = []
-        for backend in ("auto", "reference"):
-            with dgm_kernels.use_backend(backend):
-                model.zero_grad()
-                loss = model.loss(x, key=NoiseKey(1))
-                loss.backward()
-                gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-                found.append((loss.detach(), gradient, model.elbo(x, 5)))
-        for native, reference in zip(*found, strict=True):
-            torch.testing.assert_close(native, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+        check_backends_agree(model, x, functools.partial(model.elbo, x, 5))
 
 
 def test_latent_variable_models_refuse_bad_input() -> None:
