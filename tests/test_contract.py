@@ -14,6 +14,7 @@ from tests.contract import (
     assert_functional_transforms,
     assert_inputs_unchanged,
     assert_instruction_sets_agree,
+    assert_never_waits,
     assert_parity,
     assert_threads_agree,
     assert_vmap,
@@ -364,6 +365,16 @@ class TestTransforms:
         torch.testing.assert_close([actual[0], expected[0]], [2 * x.double()] * 2)
         actual, expected = tangents_of(self.WrongTangent.apply, torch.square, [x])
         assert not torch.allclose(actual[0], expected[0])
+
+
+class TestNeverWaits:
+    @pytest.mark.gpu
+    def test_refuses_a_call_that_waits(self):
+        with assert_never_waits():
+            x = torch.ones(1, device="cuda")
+        with pytest.raises(RuntimeError, match="synchronizing"), assert_never_waits():
+            x.item()
+        assert torch.cuda.get_sync_debug_mode() == 0
 
 
 class TestNativeCalls:
