@@ -44,6 +44,20 @@ def test_a_narrow_prior_far_away(backend):
     assert kl.tolist() == [float("inf")]
 
 
+@on_every_backend
+@pytest.mark.parametrize("prior_log_var", [-60.0, -30.0, -10.0, 8.0])
+def test_a_log_normal_prior_of_any_width(backend, prior_log_var):
+    """The posterior is a little wider, its mean half a deviation away: KL and gradients are those of unit variances."""
+    sigma = torch.exp(torch.tensor(prior_log_var / 2))
+    mu = (torch.tensor([[0.5, -0.5]]) * sigma).requires_grad_()
+    log_var = torch.full((1, 2), prior_log_var + 1.0, requires_grad=True)
+    _, kl = lognormal_sample_kl(mu, log_var, torch.zeros(1, 2), prior_log_var=prior_log_var)
+    torch.testing.assert_close(kl, torch.tensor([torch.e - 2 + 0.25]), rtol=1e-5, atol=0)
+    to_mu, to_log_var = torch.autograd.grad(kl.sum(), (mu, log_var))
+    torch.testing.assert_close(to_mu * sigma, torch.tensor([[0.5, -0.5]]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(to_log_var, torch.full((1, 2), 0.5 * (torch.e - 1)), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("value", [-800.0, -80.5, 81.0])
 def test_a_number_for_the_prior_that_leaves_float32(value):
     with pytest.raises(ValueError, match=r"prior_log_var must be in \[-80, 80\], got"):

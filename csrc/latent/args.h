@@ -15,7 +15,8 @@ struct Shape {
   int64_t batch = 0, elements = 0, parts = 1;
 };
 
-// Both passes of a sample and its KL, and those of a KL alone. The prior is N(prior_mu, 1 / precision), or tensors.
+// Both passes of a sample and its KL, and those of a KL alone. The prior is N(prior_mu, exp(prior_log_var)), or
+// tensors.
 struct SampleArgs {
   Shape shape;
   NoiseArgs noise;
@@ -24,9 +25,7 @@ struct SampleArgs {
   bool stream = false;     // results go past the caches
   bool standard = true;    // the prior is N(0, 1)
   float free_bits = 0.0f;  // nats that an element counts for at least, or minus infinity
-  float prior_mu = 0.0f, precision = 1.0f;
-  float precision_less_one = 0.0f;  // precision - 1
-  float constant = 0.0f;            // precision - 1 - log precision
+  float prior_mu = 0.0f, prior_log_var = 0.0f, inverse_sigma = 1.0f;  // 1 / the prior's standard deviation
   RowsOut z;
   double* partials = nullptr;  // [batch, parts] sums of twice the KL
   RowsIn grad;                 // backward

@@ -82,10 +82,8 @@ SampleArgs sample_args(const at::Tensor& mu, const at::Tensor& log_var, DGM_KEY_
   args.free_bits = least_kl(free_bits);
   args.standard = prior_mu == 0.0 && prior_log_var == 0.0;
   args.prior_mu = static_cast<float>(prior_mu);
-  const double precision = std::exp(-prior_log_var), less_one = std::expm1(-prior_log_var);
-  args.precision = static_cast<float>(precision);
-  args.precision_less_one = static_cast<float>(less_one);
-  args.constant = static_cast<float>(less_one + prior_log_var);
+  args.prior_log_var = static_cast<float>(prior_log_var);
+  args.inverse_sigma = static_cast<float>(std::exp(-0.5 * prior_log_var));
   return args;
 }
 

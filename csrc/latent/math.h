@@ -37,17 +37,23 @@ DGM_INLINE Scale<F> scale_of(F log_var) {
   return {sigma, less_one * (less_one + 2.0f)};
 }
 
-// Twice the KL: exp(a) - 1 - a + d^2 w with a = log_var + log w and d = mu - prior_mu.
-template <bool kStandard, class F>
-DGM_INLINE F twice_divergence(const SampleArgs& a, F variance_less_one, F d, F log_var) {
-  const F difference = variance_less_one + d * d;
-  return kStandard ? difference - log_var : difference * a.precision - log_var + a.constant;
-}
+// The posterior as the prior sees it: d = (mu - prior_mu) / prior_sigma, a = log_var - prior_log_var and exp(a) - 1,
+// one function, which keeps its digits where the two variances are near each other. Twice the KL is exp(a) - 1 - a +
+// d^2.
+template <class F>
+struct Relative {
+  F d, a, slope;
+  DGM_INLINE_METHOD F twice_divergence() const { return slope + d * d - a; }
+};
 
-// Its derivative by log_var: exp(a) - 1.
 template <bool kStandard, class F>
-DGM_INLINE F slope(const SampleArgs& a, F variance_less_one) {
-  return kStandard ? variance_less_one : variance_less_one * a.precision + a.precision_less_one;
+DGM_INLINE Relative<F> relative(const SampleArgs& args, const Scale<F>& scale, F mu, F log_var) {
+  if constexpr (kStandard) {
+    return {mu, log_var, scale.variance_less_one};
+  } else {
+    const F a = log_var - args.prior_log_var;
+    return {(mu - args.prior_mu) * args.inverse_sigma, a, scale_of(a).variance_less_one};
+  }
 }
 
 // eps^2 + log_var - u^2

@@ -36,8 +36,7 @@ DGM_NOINLINE void sample_run(const SampleArgs a, const Range range, const Sample
     const Scale<V> scale = scale_of(log_var);
     const V u = scale.sigma * load_pack<kLockstep>(r.eps + i) + mu;
     store_pack(r.z + i, kLogNormal ? exponential(u) : u, r.stream);
-    const V d = kStandard ? mu : mu - a.prior_mu;
-    const V term = twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var);
+    const V term = relative<kStandard>(a, scale, mu, log_var).twice_divergence();
     store_pack(r.terms + i, at_least(term, 2.0f * a.free_bits));
   });
 }
@@ -45,16 +44,15 @@ DGM_NOINLINE void sample_run(const SampleArgs a, const Range range, const Sample
 template <bool kLogNormal, bool kStandard, bool kBounded>
 DGM_NOINLINE void sample_backward_run(const SampleArgs a, const Range range, const SampleRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V mu = load_pack<kLockstep>(r.mu + i), log_var = load_pack<kLockstep>(r.log_var + i),
-            d = kStandard ? mu : mu - a.prior_mu;
+    const V mu = load_pack<kLockstep>(r.mu + i), log_var = load_pack<kLockstep>(r.log_var + i);
     const Scale<V> scale = scale_of(log_var);
+    const Relative<V> posterior = relative<kStandard>(a, scale, mu, log_var);
     const V moved = scale.sigma * load_pack<kLockstep>(r.eps + i);
     V g = load_pack<kLockstep>(r.grad + i), k = load_pack<kLockstep>(r.grad_kl + i);
     if constexpr (kLogNormal) g = g * exponential(moved + mu);
-    if constexpr (kBounded)
-      k = unless_below(twice_divergence<kStandard>(a, scale.variance_less_one, d, log_var), 2.0f * a.free_bits, k);
-    store_pack(r.grad_mu + i, k * (kStandard ? d : d * a.precision) + g, r.stream);
-    const V to_log_var = (g * moved + k * slope<kStandard>(a, scale.variance_less_one)) * 0.5f;
+    if constexpr (kBounded) k = unless_below(posterior.twice_divergence(), 2.0f * a.free_bits, k);
+    store_pack(r.grad_mu + i, k * (kStandard ? posterior.d : posterior.d * a.inverse_sigma) + g, r.stream);
+    const V to_log_var = (g * moved + k * posterior.slope) * 0.5f;
     store_pack(r.grad_log_var + i, to_log_var, r.stream);
   });
 }

@@ -60,7 +60,7 @@ struct LossArgs {
 };
 
 // A fixed size, so that the order of summation does not depend on the number of threads.
-// A multiple of every kBlock of common/vec.h (16, 32 and 192 elements).
+// A multiple of every kBlock of common/vec.h (16, 32 and 256 elements).
 constexpr int64_t kLossPart = 6144;
 
 }  // namespace dgm::sampler

@@ -22,7 +22,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_prior_log_var(value: object) -> float:
-    """A number whose exponential, the prior's variance or precision, float32 holds with digits to spare."""
+    """A number whose exponential, the prior's variance or precision, float32 holds."""
     number = check_number("prior_log_var", value)
     if not -80 <= number <= 80:
         raise ValueError(f"prior_log_var must be in [-80, 80], got {number}")

@@ -90,10 +90,9 @@ def _least(free_bits: float) -> float:
     return free_bits if free_bits > 0 else -math.inf
 
 
-def _prior(prior_mu: float, prior_log_var: float) -> tuple[float, float, float, float]:
-    """The mean, the precision w, w - 1, and w - 1 - log w."""
-    less_one = math.expm1(-prior_log_var)
-    return prior_mu, math.exp(-prior_log_var), less_one, less_one + prior_log_var
+def _prior(prior_mu: float, prior_log_var: float) -> tuple[float, float, float]:
+    """The mean, the logarithm of the variance, and one over the standard deviation."""
+    return prior_mu, prior_log_var, math.exp(-0.5 * prior_log_var)
 
 
 # ---- A sample and its KL

@@ -13,7 +13,7 @@ from .._core.triton_noise import draw
 
 # Numbers that change from call to call: a kernel must not be compiled for their value.
 _FREE = (
-    "batch", "elements", "blocks", "free_bits", "prior_mu", "precision", "less_one", "constant", "draws", "programs",
+    "batch", "elements", "blocks", "free_bits", "prior_mu", "prior_log_var", "inverse_sigma", "draws", "programs",
     "mu_stride", "log_var_stride", "prior_mu_stride", "prior_log_var_stride", "grad_stride",
     "seed", "key_step", "key_step_stride", "first_sample", "stream",
 )  # fmt: skip
@@ -88,7 +88,7 @@ def _noise(
 def sample_kernel(
     out_ptr, partial_ptr, mu_ptr, log_var_ptr, noise_ptr, seed_ptr, key_step_ptr, samples_ptr,
     mu_stride: tl.int64, log_var_stride: tl.int64,
-    free_bits: tl.float32, prior_mu: tl.float32, precision: tl.float32, less_one: tl.float32, constant: tl.float32,
+    free_bits: tl.float32, prior_mu: tl.float32, prior_log_var: tl.float32, inverse_sigma: tl.float32,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
     batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     DRAWN: tl.constexpr, LOG_NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
@@ -104,8 +104,9 @@ def sample_kernel(
     key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
     u = mu + tl.exp(0.5 * log_var) * _noise(noise_ptr, key, row, first, at, exists, 0, DRAWN, COLUMNS, PAIRS)
     tl.store(out_ptr + at, tl.exp(u) if LOG_NORMAL else u, exists)
-    d = mu - prior_mu
-    kl = 0.5 * ((_exp_minus_one(log_var) + d * d) * precision - log_var + constant)
+    d = (mu - prior_mu) * inverse_sigma
+    a = log_var - prior_log_var
+    kl = 0.5 * (_exp_minus_one(a) - a + d * d)
     kl = tl.where(kl < free_bits, free_bits, kl)
     total = tl.sum(tl.where(exists, kl, 0.0), axis=1, keep_dims=True)
     tl.store(partial_ptr + row * blocks + first // COLUMNS, total, in_batch)
@@ -115,7 +116,7 @@ def sample_kernel(
 def sample_backward_kernel(
     to_mu_ptr, to_log_var_ptr, grad_ptr, grad_kl_ptr, mu_ptr, log_var_ptr, noise_ptr,
     seed_ptr, key_step_ptr, samples_ptr, grad_stride: tl.int64, mu_stride: tl.int64, log_var_stride: tl.int64,
-    free_bits: tl.float32, prior_mu: tl.float32, precision: tl.float32, less_one: tl.float32, constant: tl.float32,
+    free_bits: tl.float32, prior_mu: tl.float32, prior_log_var: tl.float32, inverse_sigma: tl.float32,
     seed: tl.int64, key_step: tl.int64, key_step_stride: tl.int64, first_sample: tl.int64, stream: tl.int64,
     batch: tl.int64, elements: tl.int64, blocks: tl.int32,
     DRAWN: tl.constexpr, LOG_NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
@@ -128,15 +129,16 @@ def sample_backward_kernel(
     at = row * elements + column
     mu = _load(mu_ptr, row * _aligned(mu_stride, ALIGNED) + column, exists)
     log_var = _load(log_var_ptr, row * _aligned(log_var_stride, ALIGNED) + column, exists)
-    d = mu - prior_mu
+    d = (mu - prior_mu) * inverse_sigma
     to_mu = tl.zeros(exists.shape, tl.float32)
     to_log_var = tl.zeros(exists.shape, tl.float32)
     if grad_kl_ptr is not None:
-        variance = _exp_minus_one(log_var)
-        kl = 0.5 * ((variance + d * d) * precision - log_var + constant)
+        a = log_var - prior_log_var
+        slope = _exp_minus_one(a)
+        kl = 0.5 * (slope - a + d * d)
         k = tl.where(kl < free_bits, 0.0, tl.load(grad_kl_ptr + row))
-        to_mu += k * d * precision
-        to_log_var += k * (variance * precision + less_one)
+        to_mu += k * (d * inverse_sigma)
+        to_log_var += k * slope
     if grad_ptr is not None:
         key = (seed_ptr, key_step_ptr, samples_ptr, seed, key_step, key_step_stride, first_sample, stream)
         moved = tl.exp(0.5 * log_var)
