@@ -28,7 +28,7 @@ KINDS = {"spherical": "spherical", "diagonal": "diag", "full": "full"}
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
+def assert_near(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(actual, torch.as_tensor(expected).to(actual.dtype), rtol=tolerance, atol=tolerance)
 
 
@@ -84,8 +84,8 @@ def test_mixture_against_scipy(kind):
     ]
     expected = np.logaddexp.reduce(scores, axis=0)
     actual, r = mixture_log_prob(x, means, **options, return_responsibilities=True)
-    close(actual, expected)
-    close(r, np.exp(np.array(scores) - expected).T)
+    assert_near(actual, expected)
+    assert_near(r, np.exp(np.array(scores) - expected).T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,11 +98,11 @@ def test_mixture_against_torch_distributions(kind):
         )
     choice = torch.distributions.Categorical(options["weights"])
     expected = torch.distributions.MixtureSameFamily(choice, normals).log_prob(x)
-    close(mixture_log_prob(x, means, **options), expected)
+    assert_near(mixture_log_prob(x, means, **options), expected)
     spread = {name: value for name, value in options.items() if name != "weights"}
     logits = options["weights"].log() + 7.0  # a constant does not count
-    close(mixture_log_prob(x, means, **spread, logits=logits), expected)
-    close(mixture_log_prob(x, means, covariance=factors(options) @ factors(options).mT, logits=logits), expected)
+    assert_near(mixture_log_prob(x, means, **spread, logits=logits), expected)
+    assert_near(mixture_log_prob(x, means, covariance=factors(options) @ factors(options).mT, logits=logits), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,8 +111,8 @@ def test_mixture_against_sklearn(kind):
     peer = fitted(kind, means, options)
     peer._initialize(x.numpy(), np.zeros((POINTS, COMPONENTS)))
     actual, r = mixture_log_prob(x, means, **options, return_responsibilities=True)
-    close(actual, peer.score_samples(x.numpy()))
-    close(r, peer.predict_proba(x.numpy()))
+    assert_near(actual, peer.score_samples(x.numpy()))
+    assert_near(r, peer.predict_proba(x.numpy()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,14 +123,14 @@ def test_one_em_step_is_that_of_sklearn(kind):
     peer = fitted(kind, means, options, max_iter=1, tol=0.0).fit(x.numpy())
     statistics = mixture_em_statistics(x, means, **options)
     counts = statistics.counts
-    close(counts / POINTS, peer.weights_)
+    assert_near(counts / POINTS, peer.weights_)
     shape = (-1,) + (1,) * (statistics.second.dim() - 1)
     d = statistics.first / counts[:, None]
-    close(means + d, peer.means_)
+    assert_near(means + d, peer.means_)
     of_mean = {"spherical": d.square().sum(1), "diagonal": d.square(), "full": d[:, :, None] * d[:, None]}[kind]
     variance = statistics.second / counts.view(shape) - of_mean
-    close(variance / FEATURES if kind == "spherical" else variance, peer.covariances_)
-    close(statistics.log_likelihood, mixture_log_prob(x, means, **options).mean())
+    assert_near(variance / FEATURES if kind == "spherical" else variance, peer.covariances_)
+    assert_near(statistics.log_likelihood, mixture_log_prob(x, means, **options).mean())
 
 
 @on_every_backend
@@ -169,7 +169,7 @@ def test_kde_against_sklearn(weighted):
         # One leaf: a tree of several prunes what counts far from the data, whatever its tolerance.
         peer = KernelDensity(bandwidth=h, leaf_size=POINTS).fit(data.numpy(), sample_weight=weights.numpy())
         expected = peer.score_samples(x.numpy())
-        close(kde_log_prob(x, data, h, weights=weights if weighted else None), expected)
+        assert_near(kde_log_prob(x, data, h, weights=weights if weighted else None), expected)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -180,7 +180,7 @@ def test_kde_against_scipy(weighted):
     weights = weights / weights.sum() if weighted else None
     peer = stats.gaussian_kde(data[:, 0].numpy(), weights=None if weights is None else weights.numpy())
     h = float(np.sqrt(peer.covariance[0, 0]))
-    close(kde_log_prob(x, data, h, weights=weights), peer.logpdf(x[:, 0].numpy()))
+    assert_near(kde_log_prob(x, data, h, weights=weights), peer.logpdf(x[:, 0].numpy()))
 
 
 def dense_denoiser(x: Tensor, data: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor) -> Tensor:
@@ -203,10 +203,10 @@ def test_denoiser_is_bayes_rule(per_point):
     weights = torch.rand(POINTS, dtype=torch.float64)
     weights /= weights.sum()
     expected = dense_denoiser(x, data, alpha.expand(59), sigma.expand(59), weights)
-    close(empirical_denoiser(x, data, alpha, sigma, weights=weights), expected)
+    assert_near(empirical_denoiser(x, data, alpha, sigma, weights=weights), expected)
     uniform = torch.full_like(weights, 1 / POINTS)
     expected = dense_denoiser(x, data, alpha.expand(59), sigma.expand(59), uniform)
-    close(empirical_denoiser(x, data, alpha, sigma), expected)
+    assert_near(empirical_denoiser(x, data, alpha, sigma), expected)
 
 
 def test_G5_score_against_numerical_differences():
@@ -217,7 +217,7 @@ def test_G5_score_against_numerical_differences():
     for dim in range(FEATURES):
         move = step * torch.eye(FEATURES, dtype=torch.float64)[dim]
         up, down = (kde_log_prob(x + sign * move, 0.7 * data, 0.4) for sign in (1, -1))
-        close(score[:, dim], (up - down) / (2 * step), tolerance=1e-7)
+        assert_near(score[:, dim], (up - down) / (2 * step), tolerance=1e-7)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -233,12 +233,12 @@ def test_mmd_against_sklearn_kernels(unbiased):
 
     widths = [0.5, 1.0, 3.0]
     rbf = lambda a, b: sum(rbf_kernel(a, b, 0.5 / h**2) for h in widths) / len(widths)  # noqa: E731
-    close(mmd(x, y, bandwidth=widths, unbiased=unbiased), dense(rbf))
-    close(mmd(x, y, bandwidth=2.0, unbiased=unbiased), dense(lambda a, b: rbf_kernel(a, b, 0.125)))
+    assert_near(mmd(x, y, bandwidth=widths, unbiased=unbiased), dense(rbf))
+    assert_near(mmd(x, y, bandwidth=2.0, unbiased=unbiased), dense(lambda a, b: rbf_kernel(a, b, 0.125)))
     for degree, gamma, coef0 in ((1, 0.5, 0.0), (2, 0.3, 1.5), (3, None, 1.0)):
         options = {"degree": degree, "gamma": gamma, "coef0": coef0}
         expected = dense(lambda a, b, o=options: polynomial_kernel(a, b, **o))
-        close(mmd(x, y, kernel="polynomial", unbiased=unbiased, **options), expected)
+        assert_near(mmd(x, y, kernel="polynomial", unbiased=unbiased, **options), expected)
 
 
 @on_every_backend
@@ -249,7 +249,7 @@ def test_kid_is_the_published_number(backend):
     xx, yy, xy = k(x, x), k(y, y), k(x, y)
     expected = (xx.sum() - xx.trace()) / (31 * 30) + (yy.sum() - yy.trace()) / (59 * 58) - 2 * xy.mean()
     with use_backend(backend):
-        close(mmd(x, y, kernel="polynomial").double(), expected, tolerance=1e-5)
+        assert_near(mmd(x, y, kernel="polynomial").double(), expected, tolerance=1e-5)
 
 
 @on_every_backend

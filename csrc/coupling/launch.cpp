@@ -17,7 +17,7 @@ namespace {
 // Elements that are worth a thread: waking one costs some microseconds.
 constexpr int64_t kGrainElements = 16384, kGrainSplineElements = 512;
 
-int64_t parts_of(int64_t elements) { return std::max<int64_t>((elements + kPartElements - 1) / kPartElements, 1); }
+int64_t parts_of(int64_t elements) { return std::max<int64_t>(ceil_divide(elements, kPartElements), 1); }
 
 // The mask of a checkerboard: of one plane, which repeats.
 at::Tensor checkerboard(int64_t parity, int64_t width, int64_t plane) {
@@ -62,7 +62,7 @@ ScaleMap scale_map_of(int64_t scale_map) {
 template <class Kernel, class Args>
 void over_parts(Kernel kernel, const Args& args) {
   const int64_t held = std::max<int64_t>(std::min(args.elements, kPartElements), 1);
-  const int64_t grain = (kGrainElements + held - 1) / held;
+  const int64_t grain = ceil_divide(kGrainElements, held);
   at::parallel_for(0, args.batch * args.parts, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 

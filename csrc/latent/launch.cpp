@@ -23,7 +23,7 @@ constexpr int64_t kGrainElements = 16384;
 
 Shape shape_of(const at::Tensor& mu) {
   const int64_t elements = elements_per_sample(mu);
-  return {mu.size(0), elements, std::max<int64_t>((elements + kChunk - 1) / kChunk, 1)};
+  return {mu.size(0), elements, std::max<int64_t>(ceil_divide(elements, kChunk), 1)};
 }
 
 // `batches` of given noise follow each other.
@@ -44,7 +44,7 @@ int64_t units_of(const Shape& shape) {
   if (shape.parts > 1) return shape.batch * shape.parts;
   const int64_t stride = (shape.elements + 3) / 4 * 4;
   const int64_t together = stride == 0 ? kChunk : std::max<int64_t>(kChunk / stride, 1);
-  return (shape.batch + together - 1) / together;
+  return ceil_divide(shape.batch, together);
 }
 
 // `work` times as much as one pass over the elements.
@@ -243,7 +243,7 @@ BoundArgs bound_args(const at::Tensor& log_weights) {
 template <class Kernel>
 void over_samples(Kernel kernel, const BoundArgs& args) {
   const int64_t grain = std::max<int64_t>(kGrainElements / args.draws / 64 * 64, 64);  // whole vectors
-  at::parallel_for(0, (args.samples + grain - 1) / grain, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ceil_divide(args.samples, grain), 1, [&](int64_t begin, int64_t end) {
     kernel(args, begin * grain, std::min(end * grain, args.samples));
   });
 }
@@ -339,7 +339,7 @@ Four quantize(const at::Tensor& x, const at::Tensor& codebook, at::ScalarType dt
   QuantizeArgs args = quantize_args(x, codebook);
   at::Tensor quantized = empty(x.sizes(), dtype), indices = empty({args.rows}, at::kLong);
   at::Tensor counts = at::zeros({args.codes}, at::kLong), losses = empty({2}, at::kFloat);
-  const int64_t units = (args.rows + kCodeRows - 1) / kCodeRows;
+  const int64_t units = ceil_divide(args.rows, kCodeRows);
   const at::Tensor mean = empty({args.features}, at::kFloat), partials = empty({units}, at::kDouble);
   const at::Tensor packed = empty({DGM_PICK_ISA(packed_size)(args.codes, args.features)}, at::kFloat);
   DGM_PICK_ISA(pack_codes)(args, mean.mutable_data_ptr<float>(), packed.mutable_data_ptr<float>());
@@ -383,7 +383,7 @@ Pair quantize_backward(const OptionalTensor& grad, const at::Tensor& grad_losses
   at::parallel_for(0, args.rows, std::max<int64_t>(kGrainElements / features, 1),
                    [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   const int64_t grain = std::max<int64_t>(kGrainElements / (std::max<int64_t>(args.rows, 1) * kCodeFeatures), 1);
-  at::parallel_for(0, (args.features + kCodeFeatures - 1) / kCodeFeatures, grain,
+  at::parallel_for(0, ceil_divide(args.features, kCodeFeatures), grain,
                    [&](int64_t begin, int64_t end) { codes(args, begin, end); });
   return {std::move(to_x), std::move(to_codes)};
 }

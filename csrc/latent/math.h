@@ -43,7 +43,7 @@ DGM_INLINE Scale<F> scale_of(F log_var) {
 template <class F>
 struct Relative {
   F d, a, slope;
-  DGM_INLINE_METHOD F twice_divergence() const { return slope + d * d - a; }
+  DGM_INLINE_METHOD F twice_divergence() const { return slope - a + d * d; }
 };
 
 template <bool kStandard, class F>

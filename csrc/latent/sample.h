@@ -64,35 +64,32 @@ struct KlRuns {
   float *terms, *grad_mu, *grad_log_var, *grad_prior_mu, *grad_prior_log_var;
 };
 
-// (mu - prior_mu) / prior_sigma. Not by way of 1 / prior_sigma^2, which may be infinite where this is not; sigma from
-// e^-88 on.
-DGM_INLINE V standardized(V d, V prior_log_var, V& inverse_sigma) {
-  inverse_sigma = exponential(at_most(prior_log_var * -0.5f, 88.0f));
-  return d * inverse_sigma;
+// What an element of both passes is; 1 / prior_sigma goes with it. Not by way of 1 / prior_sigma^2, which may be
+// infinite where d is not; sigma from e^-88 on.
+DGM_INLINE Relative<V> relative(const KlRuns& r, int64_t i, V& inverse_sigma) {
+  const V b = load_pack<kLockstep>(r.prior_log_var + i), a = load_pack<kLockstep>(r.log_var + i) - b;
+  inverse_sigma = exponential(at_most(b * -0.5f, 88.0f));
+  const V d = (load_pack<kLockstep>(r.mu + i) - load_pack<kLockstep>(r.prior_mu + i)) * inverse_sigma;
+  return {d, a, scale_of(a).variance_less_one};
 }
 
 DGM_NOINLINE void kl_run(const float free_bits, const Range range, const KlRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V b = load_pack<kLockstep>(r.prior_log_var + i), a = load_pack<kLockstep>(r.log_var + i) - b;
     V inverse_sigma;
-    const V d = standardized(load_pack<kLockstep>(r.mu + i) - load_pack<kLockstep>(r.prior_mu + i), b, inverse_sigma);
-    const V term = scale_of(a).variance_less_one - a + d * d;
-    store_pack(r.terms + i, at_least(term, 2.0f * free_bits));
+    store_pack(r.terms + i, at_least(relative(r, i, inverse_sigma).twice_divergence(), 2.0f * free_bits));
   });
 }
 
 DGM_NOINLINE void kl_backward_run(const float free_bits, const Range range, const KlRuns r) {
   for_each_pack(range, [&](int64_t i) DGM_FLAT {
-    const V b = load_pack<kLockstep>(r.prior_log_var + i), a = load_pack<kLockstep>(r.log_var + i) - b;
     V inverse_sigma;
-    const V d = standardized(load_pack<kLockstep>(r.mu + i) - load_pack<kLockstep>(r.prior_mu + i), b, inverse_sigma);
-    const V slope = scale_of(a).variance_less_one;
-    const V k = unless_below(slope - a + d * d, 2.0f * free_bits, load_pack<kLockstep>(r.grad + i));
-    const V to_mu = k * (d * inverse_sigma);
+    const Relative<V> posterior = relative(r, i, inverse_sigma);
+    const V k = unless_below(posterior.twice_divergence(), 2.0f * free_bits, load_pack<kLockstep>(r.grad + i));
+    const V to_mu = k * (posterior.d * inverse_sigma);
     store_pack(r.grad_mu + i, to_mu);
-    store_pack(r.grad_log_var + i, k * slope * 0.5f);
+    store_pack(r.grad_log_var + i, k * posterior.slope * 0.5f);
     store_pack(r.grad_prior_mu + i, -to_mu);
-    store_pack(r.grad_prior_log_var + i, k * (slope + d * d) * -0.5f);
+    store_pack(r.grad_prior_log_var + i, k * (posterior.slope + posterior.d * posterior.d) * -0.5f);
   });
 }
 

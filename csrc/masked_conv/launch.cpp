@@ -21,8 +21,6 @@ constexpr int64_t kWorthAThread = 1 << 18;  // multiplications: waking a thread 
 
 at::Tensor floats(int64_t count) { return at::empty({count}, at::TensorOptions(at::kFloat)); }
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What taps.Kernel is in Python: which taps are live, and which pixel each reads.
 struct Kernel {
   Layout layout;

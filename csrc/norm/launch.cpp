@@ -62,27 +62,27 @@ void set_sizes(RowsArgs& args, const at::Tensor& x, bool modulated, int64_t size
   args.stream = is_large(x);
   args.batch = modulated ? x.size(0) : 1;
   args.tokens = args.batch ? x.numel() / size / args.batch : 0;
-  args.parts = (args.tokens + kPartRows - 1) / kPartRows;
+  args.parts = ceil_divide(args.tokens, kPartRows);
 }
 
 template <class Kernel>
 void over_rows(Kernel kernel, const RowsArgs& args) {
   const int64_t of_unit = std::max<int64_t>(std::min(args.tokens, kPartRows) * args.size, 1);
-  at::parallel_for(0, args.batch * args.parts, (kGrainElements + of_unit - 1) / of_unit,
+  at::parallel_for(0, args.batch * args.parts, ceil_divide(kGrainElements, of_unit),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 template <class Kernel>
 void over_groups(Kernel kernel, const GroupArgs& args) {
   const int64_t of_unit = std::max<int64_t>(args.channels / args.groups * args.elements, 1);
-  at::parallel_for(0, args.batch * args.groups, (kGrainElements + of_unit - 1) / of_unit,
+  at::parallel_for(0, args.batch * args.groups, ceil_divide(kGrainElements, of_unit),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 void finish_sums(const FinishArgs& args) {
   const auto kernel = DGM_PICK_ISA(finish);
   const int64_t of_block = std::max<int64_t>(args.batch * args.parts * args.sums * kFinishColumns, 1);
-  at::parallel_for(0, (args.size + kFinishColumns - 1) / kFinishColumns, (kGrainElements + of_block - 1) / of_block,
+  at::parallel_for(0, ceil_divide(args.size, kFinishColumns), ceil_divide(kGrainElements, of_block),
                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
